@@ -1,0 +1,230 @@
+"""What a user writes into ``@task(task_config=...)`` and ``backend=...``.
+
+The job classes equal those of ``flytekitplugins.kfpytorch`` 1.16: plain dataclasses with the same names, defaults
+and positional order; ``backend`` comes last. Nothing is checked or changed here: kfpytorch_ray.checks reads a config,
+and what depends on the cluster goes into the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from flyteidl.plugins.kubeflow import common_pb2 as kubeflow_common
+from flytekit import Resources
+
+DEFAULT_TIMEOUT_S = 900
+"""Upstream's default for both rendezvous time-outs: nodes may still have to be started and images pulled."""
+
+DEFAULT_CARRIED_ENVIRONMENT = (
+    "FLYTE_*",
+    "_F_*",
+    "OMP_*",
+    "MKL_*",
+    "OPENBLAS_*",
+    "KMP_*",
+    "TORCH_*",
+    "TORCHINDUCTOR_*",
+    "PYTORCH_*",
+    "NCCL_*",
+    "GLOO_*",
+    "UCX_*",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_MODULE_LOADING",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "HF_*",
+    "HUGGINGFACE_*",
+    "TRANSFORMERS_*",
+    "TOKENIZERS_PARALLELISM",
+    "WANDB_*",
+    "MLFLOW_*",
+    "PYTHONHASHSEED",
+    "PYTHONUNBUFFERED",
+    "PYTHONWARNINGS",
+    "TZ",
+)
+"""Variables of the driver that torchrun's workers would inherit and that mean the same on another machine."""
+
+DEFAULT_WORKING_DIR_EXCLUDES = (
+    ".git",
+    ".venv",
+    "venv",
+    "__pycache__",
+    "*.pyc",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".pytest_cache",
+    ".hypothesis",
+    ".ipynb_checkpoints",
+    "node_modules",
+    "*.egg-info",
+    "build",
+    "dist",
+    "script_mode.tar.gz",
+    "fast*.tar.gz",
+)
+"""What is not sent to other nodes: version control, environments, caches, and Flyte's own code archives."""
+
+
+class RestartPolicy(Enum):
+    """When a replica is restarted."""
+
+    ALWAYS = kubeflow_common.RESTART_POLICY_ALWAYS
+    FAILURE = kubeflow_common.RESTART_POLICY_ON_FAILURE
+    NEVER = kubeflow_common.RESTART_POLICY_NEVER
+
+
+class CleanPodPolicy(Enum):
+    """What becomes of the pods of a PyTorchJob that has ended."""
+
+    NONE = kubeflow_common.CLEANPOD_POLICY_NONE
+    ALL = kubeflow_common.CLEANPOD_POLICY_ALL
+    RUNNING = kubeflow_common.CLEANPOD_POLICY_RUNNING
+
+
+@dataclass
+class RunPolicy:
+    """How long a job may run, how often it is tried, and what is cleaned up afterwards.
+
+    Args:
+        clean_pod_policy: Pods to remove when the job has ended. None leaves it to the operator.
+        ttl_seconds_after_finished: Seconds after which an ended job is removed. None: never.
+        active_deadline_seconds: Seconds that the job may run. None: no limit.
+        backoff_limit: Restarts before the job counts as failed. None leaves it to the operator.
+    """
+
+    clean_pod_policy: CleanPodPolicy | None = None
+    ttl_seconds_after_finished: int | None = None
+    active_deadline_seconds: int | None = None
+    backoff_limit: int | None = None
+
+
+@dataclass
+class Worker:
+    """The worker replicas of a ``PyTorch`` job.
+
+    Args:
+        image: Container image. None: the task's.
+        requests: Resources of one replica. None: the task's.
+        limits: Resource limits of one replica. None: the task's.
+        replicas: Number of workers beside the master.
+        restart_policy: When a replica is restarted. None leaves it to the operator.
+    """
+
+    image: str | None = None
+    requests: Resources | None = None
+    limits: Resources | None = None
+    replicas: int | None = None
+    restart_policy: RestartPolicy | None = None
+
+
+@dataclass
+class Master:
+    """The master of a ``PyTorch`` job: always one replica, which is rank 0. Fields as in ``Worker``."""
+
+    image: str | None = None
+    requests: Resources | None = None
+    limits: Resources | None = None
+    restart_policy: RestartPolicy | None = None
+
+
+@runtime_checkable
+class BackendOptions(Protocol):
+    """What ``backend=`` takes beside a name: an object that says which backend it is for."""
+
+    name: ClassVar[str]
+
+
+@dataclass
+class KubeflowBackend:
+    """Run as upstream does: PyTorchJob pods on Flyte, torch elastic in this process when run locally."""
+
+    name: ClassVar[str] = "kubeflow"
+
+
+@dataclass
+class RayBackend:
+    """Run on Ray: one elastic agent actor per node.
+
+    Args:
+        address: Which Ray. None: the one that is initialised, else ``RAY_ADDRESS``, else one started here.
+            ``"local"`` always starts one here; ``"auto"`` or ``"HOST:PORT"`` (of the GCS) joins a cluster that this
+            machine belongs to.
+        resources_per_node: Ray resources of one node, for example ``{"CPU": 16, "GPU": 8, "memory": 2**36}``
+            (memory in bytes; any custom resource). None: the task's requests and limits, else one CPU per worker.
+        env: Environment variables of the workers; they win over the task's ``environment`` and the driver's.
+        carried_environment: Shell patterns of the driver's variables that workers get.
+        working_dir: Folder that is sent to the cluster so that workers can import the user's modules. None: the
+            current directory, unless the Ray job already has one. ``""``: send nothing. On a Ray that runs on this
+            machine only, nothing is sent and the driver's ``sys.path`` is used.
+        excludes: gitignore patterns that are left out of ``working_dir``.
+        stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
+        preload: Modules that the fork server imports before the first worker, besides torch and flytekit.
+    """
+
+    name: ClassVar[str] = "ray"
+
+    address: str | None = None
+    resources_per_node: dict[str, float] | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    carried_environment: tuple[str, ...] = DEFAULT_CARRIED_ENVIRONMENT
+    working_dir: str | None = None
+    excludes: tuple[str, ...] = DEFAULT_WORKING_DIR_EXCLUDES
+    stop_grace_s: float = 5.0
+    preload: tuple[str, ...] = ()
+
+
+@dataclass
+class PyTorch:
+    """A distributed job with one process per replica: one master and ``worker.replicas`` workers.
+
+    Args:
+        master: The master replica, rank 0.
+        worker: The worker replicas.
+        run_policy: Deadline, restarts and clean-up.
+        num_workers: Deprecated spelling of ``worker.replicas``.
+        increase_shared_mem: Mount a memory-backed volume at /dev/shm by a pod template, so that data loaders do not
+            run out of shared memory. ``@task(shared_memory=...)`` wins over it.
+        backend: A backend's name or its options object. None: see kfpytorch_ray.backends.
+    """
+
+    master: Master = field(default_factory=Master)
+    worker: Worker = field(default_factory=Worker)
+    run_policy: RunPolicy | None = None
+    num_workers: int | None = None
+    increase_shared_mem: bool = True
+    backend: str | BackendOptions | None = None
+
+
+@dataclass
+class Elastic:
+    """A torch elastic job, as by ``torchrun``.
+
+    Args:
+        nnodes: Number of nodes, or a range ``"MIN:MAX"``.
+        nproc_per_node: Workers on each node.
+        start_method: ``"spawn"`` or ``"fork"``; on Ray also ``"forkserver"``. Ray workers always come from a fork
+            server, which gives what ``spawn`` promises.
+        monitor_interval: Seconds between two looks at the workers. On Ray an upper bound: ends are noticed at once.
+        max_restarts: Restarts of the whole worker group before the task fails.
+        rdzv_configs: Rendezvous settings of torch elastic, in seconds. On Ray ``join_timeout`` (else ``timeout``)
+            bounds the wait for nodes; other keys are said to have no effect.
+        increase_shared_mem: As in ``PyTorch``.
+        run_policy: Deadline, restarts and clean-up.
+        backend: A backend's name or its options object. None: see kfpytorch_ray.backends.
+    """
+
+    nnodes: int | str = 1
+    nproc_per_node: int = 1
+    start_method: str = "spawn"
+    monitor_interval: int = 5
+    max_restarts: int = 0
+    rdzv_configs: dict[str, Any] = field(
+        default_factory=lambda: {"timeout": DEFAULT_TIMEOUT_S, "join_timeout": DEFAULT_TIMEOUT_S}
+    )
+    increase_shared_mem: bool = True
+    run_policy: RunPolicy | None = None
+    backend: str | BackendOptions | None = None

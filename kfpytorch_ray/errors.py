@@ -1,0 +1,135 @@
+"""The errors a user of kfpytorch_ray can meet.
+
+    KfpytorchRayError
+    ├── ConfigError (ValueError)            wrong arguments; every problem is listed at once
+    ├── BackendUnavailableError             the backend's name is unknown or its package is missing
+    ├── PayloadError                        the function or an input cannot be pickled
+    ├── PlacementError                      the nodes could not be had
+    │   ├── InfeasibleError                 no node of the cluster can ever hold one
+    │   └── PlacementTimeoutError           not within the join timeout              (retryable)
+    └── LaunchError                         the launch started and failed
+        ├── WorkerFailedError               a rank raised, exited or was killed
+        │   └── RecoverableWorkerError      a rank raised FlyteRecoverableException  (retryable)
+        ├── ResultError                     a rank's return value cannot be pickled
+        ├── NodeLostError                   an agent or its node died                (retryable)
+        ├── LaunchInterruptedError          SIGTERM or SIGINT reached the agent      (retryable)
+        └── DeadlineExceededError           RunPolicy.active_deadline_seconds passed
+
+``retryable`` says whether Flyte may run the task again; only the task classes translate it into Flyte's own
+exceptions. Constructor parameters equal ``args``, so that pickle and Ray rebuild an error with its fields.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from kfpytorch_ray.results import RoundRecord
+
+
+def explain(what: str, why: str, fix: str) -> str:
+    """The shape of every message: what happened, why, and how to fix it."""
+    return f"{what}\nWhy: {why}\nFix: {fix}"
+
+
+class KfpytorchRayError(Exception):
+    """Root of the tree.
+
+    Attributes:
+        retryable: Whether running the same task again may succeed without a change.
+    """
+
+    retryable: ClassVar[bool] = False
+
+
+class ConfigError(KfpytorchRayError, ValueError):
+    """Arguments that cannot work.
+
+    Args:
+        subject: What was being configured, for example ``"Elastic"``.
+        problems: One sentence for each wrong field.
+    """
+
+    def __init__(self, subject: str, problems: tuple[str, ...]) -> None:
+        super().__init__(subject, problems)
+        self.subject = subject
+        self.problems = problems
+
+    def __str__(self) -> str:
+        listed = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        return f"{self.subject}: {count}\n{listed}"
+
+
+class BackendUnavailableError(KfpytorchRayError, ImportError):
+    """The backend's name is unknown, or a package that it needs is not installed."""
+
+
+class PayloadError(KfpytorchRayError, TypeError):
+    """The function or one of its inputs cannot be pickled for the workers."""
+
+
+class PlacementError(KfpytorchRayError, RuntimeError):
+    """The nodes of a launch could not be had."""
+
+
+class InfeasibleError(PlacementError):
+    """The cluster has no node, and no autoscaler to make one, that could hold what is asked."""
+
+
+class PlacementTimeoutError(PlacementError, TimeoutError):
+    """The nodes were not free within the join timeout."""
+
+    retryable: ClassVar[bool] = True
+
+
+class LaunchError(KfpytorchRayError, RuntimeError):
+    """A launch that started and failed.
+
+    Args:
+        message: What happened, why, and how to fix it.
+        timestamp: Seconds since the epoch of the failure that is reported.
+        rounds: What became of every rank, one record for each round.
+    """
+
+    def __init__(self, message: str, timestamp: float = 0.0, rounds: tuple[RoundRecord, ...] = ()) -> None:
+        super().__init__(message, timestamp, rounds)
+        self.message = message
+        self.timestamp = timestamp
+        self.rounds = rounds
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class WorkerFailedError(LaunchError):
+    """A rank raised, exited with a code other than 0, or was killed by a signal.
+
+    The user's own exception is the ``__cause__`` where it can be rebuilt in this process.
+    """
+
+
+class RecoverableWorkerError(WorkerFailedError):
+    """A rank raised ``FlyteRecoverableException`` or a subclass of it."""
+
+    retryable: ClassVar[bool] = True
+
+
+class ResultError(LaunchError):
+    """A rank's return value, or its decks, cannot be pickled."""
+
+
+class NodeLostError(LaunchError):
+    """An agent, or the node that it ran on, died."""
+
+    retryable: ClassVar[bool] = True
+
+
+class LaunchInterruptedError(LaunchError):
+    """The process that supervises the workers was told to stop (SIGTERM, SIGINT)."""
+
+    retryable: ClassVar[bool] = True
+
+
+class DeadlineExceededError(LaunchError):
+    """The launch took longer than ``RunPolicy(active_deadline_seconds=...)`` allows."""

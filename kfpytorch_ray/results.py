@@ -1,0 +1,146 @@
+"""What comes back from a launch: values, and what became of every rank.
+
+Plain data, free of Ray and torch, so that a result can be pickled, shown and kept. How a value that still lies on
+another machine is fetched is a callable that the backend hands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+from flytekit import Deck
+from flytekit.core.context_manager import OutputMetadata
+
+
+class ElasticWorkerResult(NamedTuple):
+    """What one worker process brings home.
+
+    Attributes:
+        return_value: What the function returned.
+        decks: The flytekit decks made in the worker.
+        om: Output metadata that the function attached to its return value.
+    """
+
+    return_value: Any
+    decks: list[Deck]
+    om: OutputMetadata | None = None
+
+
+class Outcome(Enum):
+    """How a rank ended."""
+
+    SUCCEEDED = "succeeded"
+    RAISED = "raised"
+    EXITED = "exited"
+    """With a code other than 0 and without an exception: ``sys.exit(3)``, ``os._exit(3)``."""
+    KILLED = "killed"
+    """By a signal that this launch did not send."""
+    LOST = "lost"
+    """With its agent or node."""
+    STOPPED = "stopped"
+    """By this launch, because another rank failed or the user cancelled. Never a cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankRecord:
+    """How one rank ended in one round.
+
+    Attributes:
+        rank: Global rank.
+        local_rank: Rank on its node.
+        node_rank: Rank of its node.
+        node: Address of its node.
+        outcome: How it ended.
+        exit_code: Exit code, negative for a signal; None where it is not known.
+        timestamp: Seconds since the epoch at which it ended.
+        message: One line: exception class and text, or what is known instead.
+        traceback: The remote traceback, empty without one.
+        recoverable: Whether it raised ``FlyteRecoverableException``.
+        exception: The pickled exception, None where it cannot be pickled.
+        log_tail: Last lines of its output.
+    """
+
+    rank: int
+    local_rank: int
+    node_rank: int
+    node: str
+    outcome: Outcome
+    exit_code: int | None
+    timestamp: float
+    message: str = ""
+    traceback: str = ""
+    recoverable: bool = False
+    exception: bytes | None = None
+    log_tail: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One attempt of the whole worker group.
+
+    Attributes:
+        index: 0 for the first round.
+        world_size: Workers on all nodes.
+        nodes: Addresses of the nodes, by node rank.
+        started_at: Seconds since the epoch.
+        ended_at: Seconds since the epoch.
+        ranks: How every rank ended, by rank.
+    """
+
+    index: int
+    world_size: int
+    nodes: tuple[str, ...]
+    started_at: float
+    ended_at: float
+    ranks: tuple[RankRecord, ...]
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every rank returned."""
+        return all(rank.outcome is Outcome.SUCCEEDED for rank in self.ranks)
+
+
+class ElasticResult(Mapping[int, ElasticWorkerResult]):
+    """The results of a launch by global rank; a rank's value is fetched when it is first asked for.
+
+    Args:
+        ranks: The ranks whose results can be had here: all of them, but those of this node only on the kubeflow
+            backend inside a PyTorchJob.
+        fetch: Brings one rank's result. Called once per rank.
+        rounds: What became of every rank, one record for each round; the last one succeeded.
+    """
+
+    def __init__(
+        self,
+        ranks: tuple[int, ...],
+        fetch: Callable[[int], ElasticWorkerResult],
+        rounds: tuple[RoundRecord, ...] = (),
+    ) -> None:
+        self._ranks = ranks
+        self._fetch = fetch
+        self._fetched: dict[int, ElasticWorkerResult] = {}
+        self.rounds = rounds
+
+    def __getitem__(self, rank: int) -> ElasticWorkerResult:
+        if rank not in self._ranks:
+            raise KeyError(rank)
+        if rank not in self._fetched:
+            self._fetched[rank] = self._fetch(rank)
+        return self._fetched[rank]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ranks)
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __repr__(self) -> str:
+        return f"ElasticResult(ranks={self._ranks}, fetched={tuple(self._fetched)}, rounds={len(self.rounds)})"
+
+    @property
+    def decks(self) -> list[Deck]:
+        """Rank 0's decks; those of rank 1 are ``result[1].decks``."""
+        return self[0].decks
