@@ -4,8 +4,8 @@ The ground floor knows adapters by the ``Adapter`` protocol and by name only: a 
 ``kfpytorch_ray.adapters`` for backends of others. A class is imported when it is first needed.
 
 Highest first: ``Elastic(backend=...)`` or ``PyTorch(backend=...)``; the variable ``KFPYTORCH_RAY_BACKEND`` (the task's
-``environment`` before the process's); section ``[kfpytorch_ray]``, key ``backend`` of flytekit's config file;
-``kubeflow``.
+``environment`` before the process's); section ``[kfpytorch_ray]``, key ``backend`` of flytekit's config file (in
+YAML ``kfpytorch_ray: {backend: ...}``), though not in the container of a remote execution; ``kubeflow``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-from flytekit.configuration.file import ConfigEntry, LegacyConfigEntry, get_config_file
+from flytekit.configuration.file import ConfigEntry, LegacyConfigEntry, YamlConfigEntry, get_config_file
 
 from kfpytorch_ray.config import BackendOptions, Elastic, PyTorch
 from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, explain
@@ -29,6 +29,9 @@ BACKEND_VARIABLE = "KFPYTORCH_RAY_BACKEND"
 """Names the backend; written into the container when a task is serialised for another backend than the default."""
 
 DEFAULT_BACKEND = "kubeflow"
+
+REMOTE_EXECUTION_VARIABLE = "FLYTE_INTERNAL_EXECUTION_ID"
+"""Set by Flyte in the container of a remote execution."""
 
 ENTRY_POINT_GROUP = "kfpytorch_ray.adapters"
 
@@ -134,9 +137,8 @@ def choose_backend(
         return _known(BackendChoice(explicit), "the task's config")
     if named := (task_environment or {}).get(BACKEND_VARIABLE) or os.environ.get(BACKEND_VARIABLE):
         return _known(BackendChoice(named), f"the variable {BACKEND_VARIABLE}")
-    entry = ConfigEntry(LegacyConfigEntry("kfpytorch_ray", "backend"))
-    if named := entry.read(get_config_file(None)):
-        return _known(BackendChoice(str(named)), "flytekit's config file")
+    if named := _configured():
+        return _known(BackendChoice(named), "flytekit's config file")
     return BackendChoice(DEFAULT_BACKEND)
 
 
@@ -162,6 +164,15 @@ def require_package(package: str, backend: str, install: str) -> None:
                 f"Install it with: {install}",
             )
         )
+
+
+def _configured() -> str | None:
+    """What flytekit's config file names. A remote execution runs what was registered and does not look."""
+    if REMOTE_EXECUTION_VARIABLE in os.environ:
+        return None
+    entry = ConfigEntry(LegacyConfigEntry("kfpytorch_ray", "backend"), YamlConfigEntry("kfpytorch_ray.backend"))
+    named = entry.read(get_config_file(None))
+    return str(named) if named else None
 
 
 def _known(choice: BackendChoice, source: str) -> BackendChoice:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from kfpytorch_ray.results import RoundRecord
 
 
+TORCH_IMPORT_ERROR_MESSAGE = "PyTorch is not installed, and elastic tasks need it. Install it with: pip install torch"
+
+
 def explain(what: str, why: str, fix: str) -> str:
     """The shape of every message: what happened, why, and how to fix it."""
     return f"{what}\nWhy: {why}\nFix: {fix}"

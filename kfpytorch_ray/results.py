@@ -44,6 +44,14 @@ class Outcome(Enum):
     """By this launch, because another rank failed or the user cancelled. Never a cause."""
 
 
+class Stage(Enum):
+    """What a rank was doing when it raised."""
+
+    LOAD = "loading the function and its inputs"
+    CALL = "running the function"
+    RESULT = "pickling the return value"
+
+
 @dataclass(frozen=True, slots=True)
 class RankRecord:
     """How one rank ended in one round.
@@ -58,6 +66,7 @@ class RankRecord:
         timestamp: Seconds since the epoch at which it ended.
         message: One line: exception class and text, or what is known instead.
         traceback: The remote traceback, empty without one.
+        stage: What it was doing when it raised.
         recoverable: Whether it raised ``FlyteRecoverableException``.
         exception: The pickled exception, None where it cannot be pickled.
         log_tail: Last lines of its output.
@@ -72,6 +81,7 @@ class RankRecord:
     timestamp: float
     message: str = ""
     traceback: str = ""
+    stage: Stage = Stage.CALL
     recoverable: bool = False
     exception: bytes | None = None
     log_tail: tuple[str, ...] = ()

@@ -1,0 +1,288 @@
+"""The kubeflow backend: what Flyte registers as a PyTorchJob, and torch elastic in this process.
+
+Registers exactly what flytekitplugins-kfpytorch 1.16 registers. Executes as it does: inside a PyTorchJob's pod, where
+the operator's PET_* variables lead to the other nodes, and on one machine without them. A ``PyTorch`` job's processes
+are started by the operator, so there is nothing to launch. Found by kfpytorch_ray.backends.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flyteidl.plugins.kubeflow import common_pb2, pytorch_pb2
+from flytekit.core.resources import convert_resources_to_resource_model
+from google.protobuf.json_format import MessageToDict
+
+from kfpytorch_ray.backends import Findings, JobConfig
+from kfpytorch_ray.checks import is_elastic, parse_nnodes
+from kfpytorch_ray.config import KubeflowBackend
+from kfpytorch_ray.errors import (
+    TORCH_IMPORT_ERROR_MESSAGE,
+    LaunchError,
+    LaunchInterruptedError,
+    PlacementTimeoutError,
+    RecoverableWorkerError,
+    ResultError,
+    WorkerFailedError,
+    explain,
+)
+from kfpytorch_ray.flyte_worker import (
+    RECOVERABLE_MARKER,
+    UNPICKLABLE_MARKER,
+    has_marker,
+    leave_marker,
+    run_in_current_context,
+    spawn_helper,
+)
+from kfpytorch_ray.payload import dump_payload, dump_result, load_result
+from kfpytorch_ray.plan import LaunchPlan
+from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
+
+logger = logging.getLogger(__name__)
+
+RENDEZVOUS_BACKEND = "c10d"
+"""Needs no server of its own: the workers meet at the PyTorchJob's master."""
+
+MULTI_NODE_TASK_TYPE = "pytorch"
+SINGLE_NODE_TASK_TYPE = "python-task"
+
+
+class KubeflowAdapter:
+    """PyTorchJob on Flyte, torch elastic in this process. Takes no options.
+
+    Args:
+        options: ``KubeflowBackend()`` or None; the same.
+    """
+
+    def __init__(self, options: KubeflowBackend | None = None) -> None:
+        self._options = options
+
+    def check(self, config: JobConfig) -> Findings:
+        """A fork server is not known to torch elastic's launcher here."""
+        if is_elastic(config) and getattr(config, "start_method", None) == "forkserver":
+            return Findings(
+                problems=(
+                    "start_method='forkserver': Bad start method for the backend 'kubeflow', use 'spawn' or 'fork'",
+                )
+            )
+        return Findings()
+
+    def task_type(self, config: JobConfig) -> str:
+        """``python-task`` for one node, given as a number; ``pytorch`` otherwise, also for ``"1"`` and ``"1:1"``."""
+        return SINGLE_NODE_TASK_TYPE if _is_plain_pod(config) else MULTI_NODE_TASK_TYPE
+
+    def custom(self, config: JobConfig) -> dict[str, Any] | None:
+        """The PyTorchJob as Flyte's message; None for an elastic job of one node, which needs no operator."""
+        if _is_plain_pod(config):
+            return None
+        job = _elastic_job(config) if is_elastic(config) else _pytorch_job(config)
+        custom: dict[str, Any] = MessageToDict(job)
+        return custom
+
+    def launches(self, config: JobConfig) -> bool:
+        """Elastic jobs are launched here; a ``PyTorch`` job's processes by the operator."""
+        return is_elastic(config)
+
+    def build(self, plan: LaunchPlan) -> LaunchConfig:
+        """The configuration of torch elastic's launcher; the operator names the rendezvous in PET_RDZV_ENDPOINT.
+
+        Raises:
+            ImportError: torch is not installed.
+        """
+        try:
+            from torch.distributed.launcher.api import LaunchConfig
+        except ImportError as error:
+            raise ImportError(TORCH_IMPORT_ERROR_MESSAGE) from error
+        return LaunchConfig(
+            run_id=plan.run_id,
+            min_nodes=plan.min_nodes,
+            max_nodes=plan.max_nodes,
+            nproc_per_node=plan.nproc_per_node,
+            rdzv_backend=RENDEZVOUS_BACKEND,
+            # The user's own dict, as upstream: torch adds its default time-out of 900 s to it.
+            rdzv_configs=plan.rdzv_configs,  # type: ignore[arg-type]
+            rdzv_endpoint=os.environ.get("PET_RDZV_ENDPOINT", "localhost:0"),
+            max_restarts=plan.max_restarts,
+            monitor_interval=plan.monitor_interval_s,
+            start_method=plan.start_method,
+        )
+
+    def run(self, plan: LaunchPlan) -> ElasticResult:
+        """Run this node's workers. The result holds the ranks of this node.
+
+        Raises:
+            ImportError: torch is not installed.
+            PayloadError: The function or an input cannot be pickled.
+            PlacementTimeoutError: Too few nodes met within the join timeout.
+            RecoverableWorkerError: The first rank to fail raised FlyteRecoverableException.
+            ResultError: A rank's result cannot be pickled.
+            WorkerFailedError: The first rank to fail did so in another way.
+            LaunchInterruptedError: This process was told to stop.
+            LaunchError: Torch elastic failed itself.
+        """
+        config = self.build(plan)
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
+        from torch.distributed.launcher.api import elastic_launch
+
+        _warn_outside_job(plan)
+        _limit_threads(plan)
+        entrypoint, args = _entrypoint(plan)
+        try:
+            outputs = elastic_launch(config=config, entrypoint=entrypoint)(*args)
+        except ChildFailedError as error:
+            raise _worker_error(error) from error
+        except SignalException as error:
+            raise LaunchInterruptedError(_interrupted(plan, error), time.time()) from error
+        except RendezvousTimeoutError as error:
+            raise PlacementTimeoutError(_too_few_nodes(plan, error)) from error
+        except RendezvousError as error:
+            raise LaunchError(_no_rendezvous(plan, config, error), time.time()) from error
+        return ElasticResult(tuple(outputs), lambda rank: load_result(outputs[rank]))
+
+
+def _is_plain_pod(config: JobConfig) -> bool:
+    return getattr(config, "nnodes", None) == 1
+
+
+def _elastic_job(config: Any) -> pytorch_pb2.DistributedPyTorchTrainingTask:
+    min_nodes, max_nodes = parse_nnodes(config.nnodes)
+    return pytorch_pb2.DistributedPyTorchTrainingTask(
+        worker_replicas=pytorch_pb2.DistributedPyTorchTrainingReplicaSpec(replicas=max_nodes),
+        elastic_config=pytorch_pb2.ElasticConfig(
+            rdzv_backend=RENDEZVOUS_BACKEND,
+            min_replicas=min_nodes,
+            max_replicas=max_nodes,
+            nproc_per_node=config.nproc_per_node,
+            max_restarts=config.max_restarts,
+        ),
+        run_policy=_run_policy(config.run_policy),
+    )
+
+
+def _pytorch_job(config: Any) -> pytorch_pb2.DistributedPyTorchTrainingTask:
+    return pytorch_pb2.DistributedPyTorchTrainingTask(
+        worker_replicas=_replica_spec(config.worker, config.num_workers or config.worker.replicas),
+        master_replicas=_replica_spec(config.master, 1),
+        run_policy=_run_policy(config.run_policy),
+    )
+
+
+def _replica_spec(replica: Any, replicas: int | None) -> pytorch_pb2.DistributedPyTorchTrainingReplicaSpec:
+    resources = convert_resources_to_resource_model(requests=replica.requests, limits=replica.limits)
+    return pytorch_pb2.DistributedPyTorchTrainingReplicaSpec(
+        replicas=replicas,
+        image=replica.image,
+        resources=resources.to_flyte_idl(),
+        restart_policy=_value_of(replica.restart_policy),
+    )
+
+
+def _run_policy(run_policy: Any) -> common_pb2.RunPolicy | None:
+    if run_policy is None:
+        return None
+    return common_pb2.RunPolicy(
+        clean_pod_policy=_value_of(run_policy.clean_pod_policy),
+        ttl_seconds_after_finished=run_policy.ttl_seconds_after_finished,
+        active_deadline_seconds=run_policy.active_deadline_seconds,
+        backoff_limit=run_policy.backoff_limit,
+    )
+
+
+def _value_of(policy: Any) -> int | None:
+    """By value, because upstream's enums are other classes."""
+    return None if policy is None else policy.value
+
+
+def _warn_outside_job(plan: LaunchPlan) -> None:
+    if plan.min_nodes > 1 and "PET_NNODES" not in os.environ:
+        logger.warning(
+            "%s wants %d nodes, but PET_NNODES is not set, so this is no PyTorchJob: nobody may come to the rendezvous "
+            "within %.0f s.",
+            plan.name,
+            plan.min_nodes,
+            plan.join_timeout_s,
+        )
+
+
+def _limit_threads(plan: LaunchPlan) -> None:
+    """As torchrun: one OpenMP thread per worker where there are several and the user said nothing."""
+    if plan.nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
+        logger.warning(
+            "OMP_NUM_THREADS is set to 1 for each of the %d workers, so that they do not fight for the cores. "
+            "Set it in the task's environment to tune it.",
+            plan.nproc_per_node,
+        )
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _entrypoint(plan: LaunchPlan) -> tuple[Callable[..., bytes], tuple[Any, ...]]:
+    """What torch elastic calls in each worker, and its arguments."""
+    if plan.start_method == "fork":
+        call = functools.partial(plan.function, *plan.args, **plan.kwargs)
+
+        def forked() -> bytes:
+            return _bring_home(run_in_current_context(call))
+
+        return forked, ()
+    flyte = plan.flyte
+    payload = dump_payload(plan.function, plan.args, plan.kwargs)
+    return spawned, (payload, flyte.raw_output_prefix, flyte.checkpoint_dest, flyte.checkpoint_src)
+
+
+def spawned(payload: bytes, raw_output_prefix: str, checkpoint_dest: str | None, checkpoint_src: str | None) -> bytes:
+    """What a spawned worker runs; it finds this function by its name."""
+    return _bring_home(spawn_helper(payload, raw_output_prefix, checkpoint_dest, checkpoint_src, {}))
+
+
+def _bring_home(result: ElasticWorkerResult) -> bytes:
+    """Pickle here, where a failure reaches the error file; torch's own queue would only end the process."""
+    try:
+        return dump_result(result, int(os.environ["RANK"]))
+    except ResultError:
+        leave_marker(UNPICKLABLE_MARKER)
+        raise
+
+
+def _worker_error(error: ChildFailedError) -> LaunchError:
+    _, first = error.get_first_failure()
+    message = error.format_msg()
+    if has_marker(first.error_file, RECOVERABLE_MARKER):
+        return RecoverableWorkerError(message, first.timestamp)
+    if has_marker(first.error_file, UNPICKLABLE_MARKER):
+        return ResultError(message, first.timestamp)
+    return WorkerFailedError(message, first.timestamp)
+
+
+def _interrupted(plan: LaunchPlan, error: Exception) -> str:
+    return explain(
+        f"{plan.name} was interrupted and its workers were stopped.",
+        str(error),
+        "Nothing in the task: the pod was evicted, deleted or pre-empted, or the run was cancelled. Run it again.",
+    )
+
+
+def _too_few_nodes(plan: LaunchPlan, error: Exception) -> str:
+    return explain(
+        f"{plan.name} did not find {plan.min_nodes} nodes within {plan.join_timeout_s:.0f} s.",
+        f"The rendezvous timed out: {error}",
+        "Check that all pods of the PyTorchJob were scheduled, or raise rdzv_configs['join_timeout'].",
+    )
+
+
+def _no_rendezvous(plan: LaunchPlan, config: LaunchConfig, error: Exception) -> str:
+    return explain(
+        f"{plan.name} could not meet its other nodes at {config.rdzv_endpoint}.",
+        f"{type(error).__name__}: {error}",
+        "Check that the pods of the PyTorchJob can reach each other and that the master is running.",
+    )

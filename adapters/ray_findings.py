@@ -1,0 +1,81 @@
+"""What of a job config Ray cannot honour: said when the task is defined, never dropped in silence. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfpytorch_ray.backends import Findings, JobConfig
+from kfpytorch_ray.config import Elastic, RayBackend, RestartPolicy
+
+_HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout"})
+
+
+def find(config: JobConfig, options: RayBackend) -> Findings:
+    """Fields of ``config`` that change nothing on Ray, and fields that would change results if they were ignored."""
+    problems = _option_problems(options)
+    warnings = _run_policy_warnings(config.run_policy)
+    if _is_elastic(config):
+        warnings += _elastic_warnings(config)
+    else:
+        found = _replica_findings(config)
+        problems += found.problems
+        warnings += found.warnings
+    return Findings(tuple(problems), tuple(warnings))
+
+
+def _is_elastic(config: Any) -> bool:
+    # Upstream's own class has the same fields and is no subclass of ours.
+    return isinstance(config, Elastic) or hasattr(config, "nnodes")
+
+
+def _option_problems(options: RayBackend) -> list[str]:
+    problems = []
+    for name, amount in (options.resources_per_node or {}).items():
+        if not isinstance(amount, int | float) or isinstance(amount, bool) or amount < 0:
+            problems.append(f"RayBackend(resources_per_node): {name!r} must be a number that is not negative")
+    if options.stop_grace_s < 0:
+        problems.append("RayBackend(stop_grace_s) must not be negative")
+    if not all(isinstance(value, str) for value in options.env.values()):
+        problems.append("RayBackend(env): every value must be a string")
+    return problems
+
+
+def _run_policy_warnings(policy: Any) -> list[str]:
+    if policy is None:
+        return []
+    warnings = []
+    if policy.ttl_seconds_after_finished is not None:
+        warnings.append("run_policy.ttl_seconds_after_finished has no effect on Ray: nothing stays behind")
+    if policy.clean_pod_policy is not None:
+        warnings.append("run_policy.clean_pod_policy has no effect on Ray: it has no pods of its own")
+    return warnings
+
+
+def _elastic_warnings(config: Any) -> list[str]:
+    warnings = []
+    if ignored := sorted(config.rdzv_configs.keys() - _HONOURED_RDZV_KEYS):
+        warnings.append(f"rdzv_configs {', '.join(ignored)} have no effect on Ray: its controller needs no rendezvous")
+    if config.run_policy is not None and config.run_policy.backoff_limit is not None:
+        warnings.append("run_policy.backoff_limit has no effect on Ray: max_restarts counts restarts")
+    return warnings
+
+
+def _replica_findings(config: Any) -> Findings:
+    problems = []
+    restarts = False
+    for role, replica in (("master", config.master), ("worker", config.worker)):
+        if replica.image is not None:
+            problems.append(f"{role}.image: Ray nodes run the image of their cluster; leave it out")
+        policy = replica.restart_policy
+        if policy is None:
+            continue
+        if policy.value == RestartPolicy.ALWAYS.value:
+            problems.append(f"{role}.restart_policy ALWAYS would run a function again that has returned; use FAILURE")
+        restarts |= policy.value == RestartPolicy.FAILURE.value
+    backoff_limit = None if config.run_policy is None else config.run_policy.backoff_limit
+    if restarts and backoff_limit is None:
+        problems.append("restart_policy FAILURE needs run_policy.backoff_limit on Ray: how often may the group restart?")
+    warnings = ()
+    if backoff_limit is not None and not restarts:
+        warnings = ("run_policy.backoff_limit has no effect without restart_policy FAILURE",)
+    return Findings(tuple(problems), warnings)

@@ -1,0 +1,131 @@
+"""The ray backend: a plan becomes agents on a Ray that this process can join, and a controller beside them.
+
+Lives in the driver, which is the task's own process. Under Flyte that is an ordinary pod, so the task is serialised as
+a plain Python task; which Ray it joins is kfpytorch_ray.cluster.connect's question.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kfpytorch_ray.backends import Findings, JobConfig, require_package
+from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.payload import dump_payload
+from kfpytorch_ray.plan import LaunchPlan
+from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
+
+if TYPE_CHECKING:
+    from kfpytorch_ray.cluster.protocol import AgentSetup
+
+INSTALL = "pip install 'ray[default]'"
+
+
+@dataclass(frozen=True, slots=True)
+class RayRequest:
+    """What a launch asks of Ray.
+
+    Attributes:
+        setup: What every agent is given.
+        first: Resources of node 0.
+        other: Resources of every other node.
+        payload: The pickled call.
+    """
+
+    setup: AgentSetup
+    first: Mapping[str, float]
+    other: Mapping[str, float]
+    payload: bytes
+
+
+class RayAdapter:
+    """Runs plans on Ray. See ``RayBackend`` for the options."""
+
+    def __init__(self, options: RayBackend | None) -> None:
+        self._options = options or RayBackend()
+
+    def check(self, config: JobConfig) -> Findings:
+        """Name the fields that Ray cannot honour."""
+        from kfpytorch_ray.adapters import ray_findings
+
+        return ray_findings.find(config, self._options)
+
+    def task_type(self, config: JobConfig) -> str:
+        """A plain pod: it is the driver."""
+        return "python-task"
+
+    def custom(self, config: JobConfig) -> dict[str, Any] | None:
+        """Nothing: propeller has no part in the launch."""
+        return None
+
+    def launches(self, config: JobConfig) -> bool:
+        """Always: this process is the driver, never a worker."""
+        return True
+
+    def build(self, plan: LaunchPlan) -> RayRequest:
+        """Everything that a launch needs but a Ray.
+
+        Raises:
+            PayloadError: The function or an input cannot be pickled.
+        """
+        from kfpytorch_ray.cluster.environment import launch_environment
+        from kfpytorch_ray.cluster.protocol import AgentSetup
+
+        options = self._options
+        resources = plan.resources.amounts
+        first = resources if plan.first_node_resources is None else plan.first_node_resources.amounts
+        if options.resources_per_node is not None:
+            first = resources = options.resources_per_node
+        return RayRequest(
+            setup=AgentSetup(
+                name=plan.name,
+                run_id=plan.run_id,
+                nproc_per_node=plan.nproc_per_node,
+                contract=plan.contract,
+                environment=launch_environment(os.environ, plan, options),
+                sys_path=tuple(os.path.abspath(path) for path in sys.path),
+                working_directory=os.getcwd(),
+                preload=tuple(options.preload),
+                flyte=plan.flyte,
+                max_restarts=plan.max_restarts,
+                monitor_interval_s=plan.monitor_interval_s,
+                stop_grace_s=options.stop_grace_s,
+            ),
+            first=first,
+            other=resources,
+            payload=dump_payload(plan.function, plan.args, plan.kwargs),
+        )
+
+    def run(self, plan: LaunchPlan) -> ElasticResult:
+        """Run the plan on Ray.
+
+        Raises:
+            BackendUnavailableError: Ray is not installed.
+            PayloadError: The function or an input cannot be pickled.
+            PlacementError: The nodes cannot be had.
+            LaunchError: A rank or a node failed.
+        """
+        require_package("ray", "ray", INSTALL)
+        from kfpytorch_ray.cluster.connect import connected
+        from kfpytorch_ray.cluster.controller import Controller, agents_on
+        from kfpytorch_ray.cluster.placement import Demand, reserved
+
+        request = self.build(plan)
+        demand = Demand(request.first, request.other, plan.min_nodes, plan.max_nodes)
+        with (
+            connected(self._options, demand.total(plan.max_nodes)) as private,
+            reserved(demand, private=private, timeout_s=plan.join_timeout_s, name=plan.name) as places,
+            agents_on(places, request.setup, request.payload, plan.join_timeout_s) as agents,
+        ):
+            controller = Controller(agents, places, request.setup, plan.deadline_s)
+            refs = controller.run()
+        return ElasticResult(tuple(range(len(refs))), lambda rank: _fetch(refs[rank]), controller.rounds)
+
+
+def _fetch(ref: Any) -> ElasticWorkerResult:
+    from kfpytorch_ray.cluster.fetching import fetch
+
+    return fetch(ref)

@@ -1,0 +1,122 @@
+"""Getting a Ray: the one that is initialised, the one that an address names, or one started here.
+
+Answers one question for the rest of the machinery: is this Ray a real cluster, or does it live on this machine for
+this process alone? Only on the latter may several agents share a machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RaySystemError
+
+from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.errors import ConfigError, PlacementError, explain
+
+logger = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+_launches = 0
+_embedded = False
+
+
+@contextmanager
+def connected(options: RayBackend, demand: Mapping[str, float]) -> Iterator[bool]:
+    """Have a Ray for the time of one launch.
+
+    Args:
+        options: Where it is.
+        demand: All resources of the launch; a Ray that is started here gets enough logical CPUs and memory for it.
+
+    Yields:
+        Whether the Ray was started by this process, on this machine alone.
+
+    Raises:
+        ConfigError: The address cannot be used by a driver.
+        PlacementError: No Ray answers there.
+    """
+    global _launches
+    with _lock:
+        private = _connect(options, demand)
+        _launches += 1
+    try:
+        yield private
+    finally:
+        with _lock:
+            _launches -= 1
+
+
+def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
+    global _embedded
+    if ray.is_initialized():
+        _refuse_other_address(options.address)
+        if _embedded and _launches == 0 and ray.cluster_resources().get("CPU", 0) < demand.get("CPU", 0):
+            logger.warning("The Ray that was started here is too small for the next launch; it is started again.")
+            ray.shutdown()
+            _start(demand)
+        return _started_by_this_process()
+
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    if "://" in address:
+        raise ConfigError(
+            "RayBackend",
+            (
+                f"address={address!r}: a driver joins Ray by 'auto' or by HOST:PORT of the cluster's GCS. From outside "
+                "the cluster, submit the script: ray job submit --working-dir . -- python FILE",
+            ),
+        )
+    if address == "local":
+        _start(demand)
+        _embedded = True
+        return True
+    _embedded = False
+    try:
+        ray.init(address=address, runtime_env=_runtime_env(options))
+    except (ConnectionError, RaySystemError, ValueError) as error:
+        raise PlacementError(
+            explain(
+                f"The Ray cluster at {address!r} cannot be joined.",
+                str(error),
+                "Check that the cluster runs, that this machine belongs to it, and that Python and ray have the same "
+                "versions; or leave the address out to start a Ray here.",
+            )
+        ) from error
+    return False
+
+
+def _start(demand: Mapping[str, float]) -> None:
+    # Logical amounts: several agents share this machine as several nodes would not.
+    cpus = max(os.cpu_count() or 1, -int(-demand.get("CPU", 0) // 1))
+    arguments: dict[str, Any] = {}
+    if demand.get("memory"):
+        arguments["_memory"] = int(demand["memory"])
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **arguments)
+
+
+def _started_by_this_process() -> bool:
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
+
+
+def _refuse_other_address(address: str | None) -> None:
+    if address in (None, "auto", "local"):
+        return
+    current = ray.get_runtime_context().gcs_address
+    if current != address:
+        raise ConfigError(
+            "RayBackend",
+            (f"address={address!r}, but this process has joined the Ray at {current}: call ray.shutdown() first",),
+        )
+
+
+def _runtime_env(options: RayBackend) -> dict[str, Any]:
+    """The user's modules for the other nodes; none if the job brings them already (ray job submit --working-dir)."""
+    if options.working_dir == "" or "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
+        return {}
+    return {"working_dir": options.working_dir or os.getcwd(), "excludes": list(options.excludes)}

@@ -1,0 +1,71 @@
+"""The environment of workers: what comes from the driver, and what the node gives. Pure functions over mappings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.plan import LaunchPlan
+
+logger = logging.getLogger(__name__)
+
+NEVER_CARRIED = frozenset(
+    {
+        "PATH",
+        "HOME",
+        "PWD",
+        "TMPDIR",
+        "VIRTUAL_ENV",
+        "CUDA_VISIBLE_DEVICES",
+        "HIP_VISIBLE_DEVICES",
+        "ROCR_VISIBLE_DEVICES",
+        "NVIDIA_VISIBLE_DEVICES",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+)
+"""Variables that mean something else on another machine or in another rank, whatever the patterns say."""
+
+
+def carried_environment(driver: Mapping[str, str], patterns: tuple[str, ...]) -> dict[str, str]:
+    """The driver's variables that match one of the shell ``patterns``, less those that never travel."""
+    return {
+        name: value
+        for name, value in driver.items()
+        if name not in NEVER_CARRIED and any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def launch_environment(driver: Mapping[str, str], plan: LaunchPlan, options: RayBackend) -> dict[str, str]:
+    """What a launch lays over each node's environment; later sources win.
+
+    The driver's carried variables, the names of the Flyte execution, the task's ``environment``, the backend's
+    ``env``. As by torchrun, OMP_NUM_THREADS becomes 1 where several workers share a node and nobody set it.
+    """
+    environment = {
+        **carried_environment(driver, options.carried_environment),
+        **plan.flyte.execution_id,
+        **plan.environment,
+        **options.env,
+    }
+    if "OMP_NUM_THREADS" not in environment and plan.nproc_per_node > 1:
+        logger.warning(
+            "OMP_NUM_THREADS is not set: each of the %s workers on a node gets 1 thread, as by torchrun. "
+            "Set it in the task's environment to use more.",
+            plan.nproc_per_node,
+        )
+        environment["OMP_NUM_THREADS"] = "1"
+    return environment
+
+
+def node_environment(node: Mapping[str, str], launch: Mapping[str, str]) -> dict[str, str]:
+    """A node's own environment with that of the launch laid over it.
+
+    Ray sets OMP_NUM_THREADS in its workers to their number of CPUs; torchrun does not, so the node's is dropped.
+    """
+    return {**{name: value for name, value in node.items() if name != "OMP_NUM_THREADS"}, **launch}

@@ -1,0 +1,172 @@
+"""The worker processes of one node in one round, as torch elastic's process context.
+
+Workers are forks of the warm server; their ends are noticed through their handles, without polling. Stopping goes to
+whole process groups and is bounded: SIGTERM, a grace, SIGKILL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext, RunProcsResult
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from kfpytorch_ray.cluster import worker
+from kfpytorch_ray.cluster.forkserver import ForkServer
+from kfpytorch_ray.cluster.guardian import kill_group
+from kfpytorch_ray.cluster.protocol import WorkerSpec
+
+logger = logging.getLogger(__name__)
+
+_KILL_WAIT_S = 10.0
+"""Longest wait for the kernel after SIGKILL; a process in uninterruptible sleep does not end at all."""
+
+
+class Ended:
+    """How one process ended: its exit code (negative for a signal), and when that was seen."""
+
+    __slots__ = ("at", "exit_code", "stopped")
+
+    def __init__(self, exit_code: int, at: float, *, stopped: bool) -> None:
+        self.exit_code = exit_code
+        self.at = at
+        self.stopped = stopped
+
+
+class ForkedWorkers(PContext):
+    """The workers of one round on this node.
+
+    Args:
+        name: Of the role, for log lines.
+        envs: Environment by local rank; torch adds TORCHELASTIC_ERROR_FILE.
+        logs_specs: Where output and error files go.
+        log_line_prefixes: What each line of a worker's output starts with when it is passed on.
+        fork_server: Where processes come from.
+        make_spec: Completes a worker's spec: (local rank, environment, stdout file, stderr file, error file).
+        stop_grace_s: Seconds between SIGTERM and SIGKILL.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        envs: dict[int, dict[str, str]],
+        logs_specs: LogsSpecs,
+        log_line_prefixes: dict[int, str] | None,
+        fork_server: ForkServer,
+        make_spec: Callable[[int, Mapping[str, str], str, str, str], WorkerSpec],
+        stop_grace_s: float,
+    ) -> None:
+        super().__init__(name, worker.main, {rank: () for rank in envs}, envs, logs_specs, log_line_prefixes)
+        self._fork_server = fork_server
+        self._make_spec = make_spec
+        self._stop_grace_s = stop_grace_s
+        self._processes: dict[int, ForkServerProcess] = {}
+        self._pids: dict[int, int] = {}
+        self.ended: dict[int, Ended] = {}
+        self._stopping: set[int] = set()
+        self._closed = False
+
+    def start(self) -> None:
+        """Start all workers. Unlike torch's, installs no signal handlers: the actor's process is Ray's."""
+        self._start()
+        for tail_log in self._tail_logs:
+            tail_log.start()
+
+    def _start(self) -> None:
+        for rank in range(self.nprocs):
+            spec = self._make_spec(
+                rank, self.envs[rank], self.stdouts[rank], self.stderrs[rank], self.error_files[rank]
+            )
+            process = self._fork_server.start(f"{self.name}{rank}", worker.main, (spec,))
+            assert process.pid is not None
+            self._processes[rank] = process
+            self._pids[rank] = process.pid
+
+    def wait_for_change(self, timeout_s: float, *others: Any) -> None:
+        """Return when a worker ended, one of ``others`` (file descriptors) is readable, or after ``timeout_s``."""
+        wait([*(process.sentinel for process in self._running().values()), *others], timeout_s)
+
+    def _running(self) -> dict[int, ForkServerProcess]:
+        return {rank: process for rank, process in self._processes.items() if rank not in self.ended}
+
+    def _collect(self) -> None:
+        running = self._running()
+        ready = set(wait([process.sentinel for process in running.values()], 0))
+        for rank, process in running.items():
+            if process.sentinel in ready:
+                process.join()
+                assert process.exitcode is not None
+                self.ended[rank] = Ended(process.exitcode, time.time(), stopped=rank in self._stopping)
+
+    def _poll(self) -> RunProcsResult | None:
+        self._collect()
+        failures = {
+            rank: ProcessFailure(
+                local_rank=rank,
+                pid=self._pids[rank],
+                exitcode=ended.exit_code,
+                error_file=self.error_files[rank],
+            )
+            for rank, ended in self.ended.items()
+            if ended.exit_code != 0
+        }
+        if not failures and len(self.ended) < self.nprocs:
+            return None
+        self.close()
+        return RunProcsResult(
+            return_values={} if failures else dict.fromkeys(self.ended),
+            failures=failures,
+            stdouts=self.stdouts,
+            stderrs=self.stderrs,
+        )
+
+    def pids(self) -> dict[int, int]:
+        """Process ids by local rank."""
+        return dict(self._pids)
+
+    def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        """Stop what still runs; the passing on of log lines ends behind the caller's back, it takes up to 0.2 s."""
+        if self._closed:
+            return
+        self._closed = True
+        self._close(death_sig or signal.SIGTERM, timeout)
+        threading.Thread(target=self._stop_tailing, name="log-drain").start()
+
+    def _stop_tailing(self) -> None:
+        for tail_log in self._tail_logs:
+            tail_log.stop()
+
+    def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
+        """``timeout`` is torch's; the grace is this launch's own."""
+        self._collect()
+        self._stopping = set(self._running())
+        for rank in self._stopping:
+            kill_group(self._pids[rank], death_sig)
+        self._wait_all(self._stop_grace_s)
+        for rank in self._running():
+            kill_group(self._pids[rank], signal.SIGKILL)
+        for rank in self.ended:
+            # The worker has ended, its data loaders may not have.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pids[rank], signal.SIGKILL)
+        self._wait_all(_KILL_WAIT_S)
+        if self._running():
+            logger.error(
+                "Workers %s do not end after SIGKILL; they hang in the kernel, most likely in a GPU or network driver.",
+                [self._pids[rank] for rank in self._running()],
+            )
+
+    def _wait_all(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while (running := self._running()) and (left := deadline - time.monotonic()) > 0:
+            wait([process.sentinel for process in running.values()], left)
+            self._collect()

@@ -1,0 +1,128 @@
+"""What controller, agents and workers tell each other: plain data, sent by Ray or by the fork server's pipe.
+
+No behaviour lives here, and nothing here imports ray or torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kfpytorch_ray.plan import Contract, FlyteContext
+from kfpytorch_ray.results import RankRecord, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSetup:
+    """What an agent needs once, before its first round.
+
+    Attributes:
+        name: Of the launch, for people.
+        run_id: TORCHELASTIC_RUN_ID.
+        nproc_per_node: Workers of this agent.
+        contract: The environment the workers find.
+        environment: Variables laid over those of the node.
+        sys_path: The driver's module search path; entries that exist on the node are appended to the worker's.
+        working_directory: The driver's current directory; workers start there if it exists on the node.
+        preload: Modules that the fork server imports.
+        flyte: The Flyte context of the workers.
+        max_restarts: TORCHELASTIC_MAX_RESTARTS.
+        monitor_interval_s: Longest time between two looks at the workers.
+        stop_grace_s: Seconds between SIGTERM and SIGKILL.
+    """
+
+    name: str
+    run_id: str
+    nproc_per_node: int
+    contract: Contract
+    environment: Mapping[str, str]
+    sys_path: tuple[str, ...]
+    working_directory: str
+    preload: tuple[str, ...]
+    flyte: FlyteContext
+    max_restarts: int
+    monitor_interval_s: float
+    stop_grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundAssignment:
+    """An agent's part in one round.
+
+    Attributes:
+        round_index: 0 for the first round.
+        restart_count: Restarts so far that counted against ``max_restarts``.
+        node_rank: Of this agent.
+        node_count: Agents in this round.
+        master_address: Address of the node that holds rank 0.
+        master_port: Port of that node's store, open before any worker starts.
+    """
+
+    round_index: int
+    restart_count: int
+    node_rank: int
+    node_count: int
+    master_address: str
+    master_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """How the workers of one agent ended in one round."""
+
+    node_rank: int
+    ranks: tuple[RankRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What one worker process is given.
+
+    Attributes:
+        environment: Its whole environment.
+        sys_path: Entries to append to the module search path.
+        working_directory: Where it starts, if that exists.
+        payload: File with the pickled call.
+        payload_sha256: Of that file, checked before it is unpickled.
+        stdout: File for its standard output.
+        stderr: File for its standard error.
+        failure: File that it writes when it fails.
+        result: File name stem of its result.
+        result_directories: Where the result may go, best first.
+        flyte: Its Flyte context.
+    """
+
+    environment: Mapping[str, str]
+    sys_path: tuple[str, ...]
+    working_directory: str
+    payload: str
+    payload_sha256: str
+    stdout: str
+    stderr: str
+    failure: str
+    result: str
+    result_directories: tuple[str, ...]
+    flyte: FlyteContext
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailure:
+    """What a worker writes of its own failure.
+
+    Attributes:
+        stage: Where it failed.
+        message: Exception class and text.
+        traceback: As Python prints it.
+        timestamp: Seconds since the epoch.
+        recoverable: Whether it is a ``FlyteRecoverableException``.
+        stderr_size_bytes: Size of its standard error before Python prints the traceback there.
+        exception: The pickled exception; None where it cannot be pickled.
+    """
+
+    stage: Stage
+    message: str
+    traceback: str
+    timestamp: float
+    recoverable: bool
+    stderr_size_bytes: int
+    exception: bytes | None = field(default=None, repr=False)

@@ -1,0 +1,151 @@
+"""A training process: a fork of the agent's warm server that runs the user's function once.
+
+Loaded into the fork server, so this module must not import ray. What a worker promises is what ``spawn`` promises:
+nothing of its parent's state but imported modules. It leads a process group of its own and dies with the fork server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+from flytekit.exceptions.user import FlyteRecoverableException
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from kfpytorch_ray import flyte_worker
+from kfpytorch_ray.cluster.forkserver import leave_fork_server
+from kfpytorch_ray.cluster.protocol import WorkerFailure, WorkerSpec
+from kfpytorch_ray.cluster.spool import spool
+from kfpytorch_ray.payload import load_payload
+from kfpytorch_ray.results import Stage
+
+_PR_SET_PDEATHSIG = 1
+_OWN_FILES = frozenset({__file__, contextlib.__file__, flyte_worker.__file__, record.__code__.co_filename})
+
+
+def main(spec: WorkerSpec) -> None:
+    """Run one worker; returns when the function did, exits or raises as the function does.
+
+    Before an exception leaves, it is written to ``spec.failure``, and by torch's ``record`` to the error file that
+    TORCHELASTIC_ERROR_FILE names.
+    """
+    _separate_from_parent()
+    _redirect_output(spec)
+    os.environ.clear()
+    os.environ.update(spec.environment)
+    time.tzset()
+    sys.path.extend(path for path in spec.sys_path if path not in sys.path and os.path.isdir(path))
+    if os.path.isdir(spec.working_directory):
+        os.chdir(spec.working_directory)
+    _reseed()
+    try:
+        record(_run)(spec)
+    except Exception as error:
+        sys.stderr.write(_format_traceback(error))
+        sys.exit(1)
+
+
+def _run(spec: WorkerSpec) -> None:
+    with _failures_written(spec, Stage.CALL):
+        result = flyte_worker.run_in_flyte_context(lambda: _load(spec)(), spec.flyte)
+
+    with _failures_written(spec, Stage.RESULT):
+        try:
+            spool(result, spec.result_directories, spec.result)
+        except (pickle.PicklingError, TypeError, AttributeError, RecursionError, ValueError) as error:
+            msg = f"a return value of type {_qualified_name(result.return_value)} cannot be pickled: {error}"
+            raise TypeError(msg) from error
+
+
+def _load(spec: WorkerSpec) -> Callable[[], Any]:
+    with _failures_written(spec, Stage.LOAD):
+        data = Path(spec.payload).read_bytes()
+        if hashlib.sha256(data).hexdigest() != spec.payload_sha256:
+            msg = "the payload differs from the one that the driver sent; it was not unpickled"
+            raise ValueError(msg)
+        return load_payload(data)
+
+
+@contextlib.contextmanager
+def _failures_written(spec: WorkerSpec, stage: Stage) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        path = Path(spec.failure)
+        # An inner stage has said it already.
+        if not path.exists():
+            sys.stderr.flush()
+            failure = WorkerFailure(
+                stage=stage,
+                message=f"{type(error).__name__}: {error}",
+                traceback=_format_traceback(error),
+                timestamp=time.time(),
+                recoverable=isinstance(error, FlyteRecoverableException),
+                stderr_size_bytes=os.fstat(sys.stderr.fileno()).st_size,
+                exception=_pickled(error),
+            )
+            # Renamed into place, so that a worker killed while it writes leaves no half of a file.
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(pickle.dumps(failure))
+            partial.rename(path)
+        raise
+
+
+def _format_traceback(error: Exception) -> str:
+    """The traceback as Python prints it, from the user's function on."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename in _OWN_FILES:
+        frames = frames.tb_next
+    # An error of our own checks has no frame of the user's.
+    return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
+
+
+def _pickled(error: Exception) -> bytes | None:
+    try:
+        pickled: bytes = cloudpickle.dumps(error)
+        pickle.loads(pickled)
+    except Exception:  # noqa: BLE001 - any class of the user's may fail in any way; its text is kept
+        return None
+    return pickled
+
+
+def _qualified_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _separate_from_parent() -> None:
+    os.setsid()
+    server = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The server may have died between fork and prctl; the signal is then never sent.
+    if os.getppid() != server:
+        os.kill(os.getpid(), signal.SIGKILL)
+    leave_fork_server()
+
+
+def _redirect_output(spec: WorkerSpec) -> None:
+    for stream, path in ((sys.stdout, spec.stdout), (sys.stderr, spec.stderr)):
+        stream.flush()
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(target, stream.fileno())
+        os.close(target)
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _reseed() -> None:
+    # Forks of one server share numpy's global generator; Python and torch reseed or fix theirs themselves.
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+

@@ -1,0 +1,77 @@
+"""Flyte's torch elastic tasks with a choice of backend: Kubeflow PyTorchJob, or Ray.
+
+Everything a user imports. ``kfpytorch_ray.task`` mirrors ``flytekitplugins.kfpytorch.task``. Neither ray nor torch
+nor kubernetes is imported until a task needs it.
+"""
+
+# First, because flytekit imports kfpytorch_ray.task by its entry point: begun from one of our modules, that would
+# find the module half made.
+import flytekit as _flytekit  # noqa: F401, I001
+
+from kfpytorch_ray.config import (
+    CleanPodPolicy,
+    Elastic,
+    KubeflowBackend,
+    Master,
+    PyTorch,
+    RayBackend,
+    RestartPolicy,
+    RunPolicy,
+    Worker,
+)
+from kfpytorch_ray.errors import (
+    TORCH_IMPORT_ERROR_MESSAGE,
+    BackendUnavailableError,
+    ConfigError,
+    DeadlineExceededError,
+    InfeasibleError,
+    KfpytorchRayError,
+    LaunchError,
+    LaunchInterruptedError,
+    NodeLostError,
+    PayloadError,
+    PlacementError,
+    PlacementTimeoutError,
+    RecoverableWorkerError,
+    ResultError,
+    WorkerFailedError,
+)
+from kfpytorch_ray.flyte_worker import spawn_helper
+from kfpytorch_ray.launch import launch
+from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
+from kfpytorch_ray.routing import route_upstream
+from kfpytorch_ray.task import PyTorchFunctionTask, PytorchElasticFunctionTask
+
+__all__ = [
+    "TORCH_IMPORT_ERROR_MESSAGE",
+    "BackendUnavailableError",
+    "CleanPodPolicy",
+    "ConfigError",
+    "DeadlineExceededError",
+    "Elastic",
+    "ElasticResult",
+    "ElasticWorkerResult",
+    "InfeasibleError",
+    "KfpytorchRayError",
+    "KubeflowBackend",
+    "LaunchError",
+    "LaunchInterruptedError",
+    "Master",
+    "NodeLostError",
+    "PayloadError",
+    "PlacementError",
+    "PlacementTimeoutError",
+    "PyTorch",
+    "PyTorchFunctionTask",
+    "PytorchElasticFunctionTask",
+    "RayBackend",
+    "RecoverableWorkerError",
+    "RestartPolicy",
+    "ResultError",
+    "RunPolicy",
+    "Worker",
+    "WorkerFailedError",
+    "launch",
+    "route_upstream",
+    "spawn_helper",
+]

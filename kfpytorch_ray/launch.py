@@ -1,0 +1,61 @@
+"""``launch()``: the way of an elastic task without a Flyte task, for notebooks and scripts.
+
+The same preflight, plan and adapter as a task; our errors are raised as they are.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from flytekit.core.base_task import Task
+
+from kfpytorch_ray.checks import is_elastic
+from kfpytorch_ray.config import Elastic
+from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.planning import Call, current_context, execution_name, plan_elastic
+from kfpytorch_ray.preflight import admit
+from kfpytorch_ray.results import ElasticResult
+
+LOCAL_EXECUTION = "local"
+"""What flytekit calls the execution of a process that Flyte did not start."""
+
+
+def launch(fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None, **kwargs: Any) -> ElasticResult:
+    """Call ``fn(*args, **kwargs)`` in every worker of a torch elastic job and wait for its end.
+
+    Args:
+        fn: A plain function; for a Flyte task give its ``task_function``.
+        *args: Its positional arguments.
+        elastic: Nodes, workers, restarts and backend. None: ``Elastic()``, one worker.
+        **kwargs: Its keyword arguments. One that is called ``elastic`` must be given by position.
+
+    Returns:
+        The results by rank: ``result[0].return_value``, ``result.decks``, ``result.rounds``.
+
+    Raises:
+        ConfigError: The config cannot work; lists every problem.
+        BackendUnavailableError: The backend is unknown or its package is missing.
+        PayloadError: The function or an input cannot be pickled.
+        PlacementError: The nodes could not be had.
+        LaunchError: The workers started and failed.
+    """
+    config = Elastic() if elastic is None else elastic
+    if not is_elastic(config):
+        raise ConfigError("launch", (f"elastic={config!r}: expected an Elastic(...)",))
+    job = admit(config, problems=_function_problems(fn))
+    context = current_context()
+    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    execution = execution_name(context)
+    run_id = f"launch-{uuid.uuid4().hex[:8]}" if execution in (None, "", LOCAL_EXECUTION) else execution
+    call = Call(name=name, run_id=str(run_id), function=fn, args=args, kwargs=kwargs, context=context)
+    return job.adapter.run(plan_elastic(config, call))
+
+
+def _function_problems(fn: Any) -> tuple[str, ...]:
+    if isinstance(fn, Task):
+        return (f"{fn.name} is a Flyte task, which would launch workers of its own: give its task_function",)
+    if not callable(fn):
+        return (f"{fn!r} cannot be called: expected a function",)
+    return ()

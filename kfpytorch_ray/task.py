@@ -1,0 +1,264 @@
+"""The Flyte task classes, registered with flytekit for ``@task(task_config=Elastic(...))`` and ``PyTorch(...)``.
+
+Mirrors ``flytekitplugins.kfpytorch.task``. A task checks its config and chooses its backend when it is defined, and
+only here are our errors turned into Flyte's. flytekit imports this module by the entry point ``flytekit.plugins``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flytekit
+from flytekit import PythonFunctionTask
+from flytekit.configuration import SerializationSettings
+from flytekit.core.context_manager import FlyteContextManager
+from flytekit.deck.deck import TimeLineDeck
+from flytekit.exceptions.base import FlyteException
+from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
+from flytekit.extend import IgnoreOutputs, TaskPlugins
+
+from kfpytorch_ray.backends import BACKEND_VARIABLE
+from kfpytorch_ray.checks import parse_nnodes
+from kfpytorch_ray.config import CleanPodPolicy, Elastic, Master, PyTorch, RestartPolicy, RunPolicy, Worker
+from kfpytorch_ray.errors import (
+    TORCH_IMPORT_ERROR_MESSAGE,
+    KfpytorchRayError,
+    LaunchError,
+    PayloadError,
+    PlacementError,
+)
+from kfpytorch_ray.flyte_worker import spawn_helper
+from kfpytorch_ray.plan import LaunchPlan
+from kfpytorch_ray.planning import (
+    Call,
+    current_context,
+    execution_name,
+    plan_elastic,
+    plan_pytorch,
+    warn_of_unreservable,
+)
+from kfpytorch_ray.pod_template import copy_template, shared_memory_problems, with_shared_memory
+from kfpytorch_ray.preflight import Job, admit
+from kfpytorch_ray.results import ElasticWorkerResult
+from kfpytorch_ray.routing import ROUTE_VARIABLE, route_if_switched_on
+
+__all__ = [
+    "TORCH_IMPORT_ERROR_MESSAGE",
+    "CleanPodPolicy",
+    "Elastic",
+    "ElasticWorkerResult",
+    "Master",
+    "PyTorch",
+    "PyTorchFunctionTask",
+    "PytorchElasticFunctionTask",
+    "RestartPolicy",
+    "RunPolicy",
+    "Worker",
+    "spawn_helper",
+]
+
+CONFIG_KEY = "kfpytorch_ray.backend"
+"""Key in a task template's ``config`` that names the backend where it is not the default."""
+
+C = TypeVar("C", Elastic, PyTorch)
+
+
+class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships no py.typed
+    """What both task classes share: preflight, serialisation, a run and its outcome.
+
+    Args:
+        task_config: ``Elastic`` or ``PyTorch``, ours or upstream's.
+        task_function: The user's function.
+        environment: Environment variables of the task.
+        **kwargs: As for flytekit's ``PythonFunctionTask``.
+
+    Raises:
+        ConfigError: The config cannot work; lists every problem. A ValueError.
+        BackendUnavailableError: The chosen backend is unknown or its package is missing.
+    """
+
+    def __init__(
+        self,
+        task_config: C,
+        task_function: Callable[..., Any],
+        environment: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        template = kwargs.get("pod_template")
+        enlarge = task_config.increase_shared_mem and kwargs.get("shared_memory") in (None, False)
+        self._own_environment = dict(environment or {})
+        self._job = admit(task_config, self._own_environment, shared_memory_problems(template) if enlarge else ())
+        super().__init__(
+            task_config=task_config,
+            task_function=task_function,
+            task_type=self._job.adapter.task_type(task_config),
+            # Says which reading of `custom` Flyte's plugin is to use.
+            task_type_version=1,
+            environment=self._recorded_environment(),
+            **kwargs,
+        )
+        self.pod_template = with_shared_memory(template) if enlarge else copy_template(template)
+
+    @property
+    def job(self) -> Job:
+        """The config and its backend; asked for again after ``with_overrides(task_config=...)``."""
+        if self.task_config is not self._job.config:
+            self._job = admit(self.task_config, self._own_environment)
+            self._task_type = self._job.adapter.task_type(self.task_config)
+            self._environment = self._recorded_environment()
+        return self._job
+
+    @property
+    def task_type(self) -> str:
+        """The Flyte task type."""
+        return self.job.adapter.task_type(self.task_config)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the task, and those that record the choice of a backend."""
+        _ = self.job
+        recorded: dict[str, str] = self._environment
+        return recorded
+
+    def get_custom(self, settings: SerializationSettings) -> dict[str, Any] | None:
+        """The ``custom`` field of the task template, as the backend wants it."""
+        custom = self.job.adapter.custom(self.task_config)
+        if custom is not None:
+            return custom
+        inherited: dict[str, Any] | None = super().get_custom(settings)
+        return inherited
+
+    def get_config(self, settings: SerializationSettings) -> dict[str, str]:
+        """The ``config`` field of the task template; names the backend where it is not the default."""
+        config = dict(super().get_config(settings) or {})
+        choice = self.job.choice
+        return config if choice.is_default else {**config, CONFIG_KEY: choice.name}
+
+    def plan(self, call: Call) -> LaunchPlan:
+        """The plan of one execution."""
+        raise NotImplementedError
+
+    def execute(self, **kwargs: Any) -> Any:
+        """Run the function on all workers and return rank 0's value.
+
+        Raises:
+            FlyteRecoverableException: Flyte may run the task again.
+            FlyteUserRuntimeException: It may not; the cause is the user's own exception where it can be had.
+            IgnoreOutputs: Rank 0 ran in another pod, whose outputs count.
+        """
+        context = current_context()
+        if not self.job.choice.is_default:
+            warn_of_unreservable(self.resources)
+        plan = self.plan(
+            Call(
+                name=self.name,
+                run_id=execution_name(context) or self.name,
+                function=self._task_function,
+                args=(),
+                kwargs=kwargs,
+                context=context,
+                resources=self.resources,
+                environment=self.environment,
+            )
+        )
+        try:
+            result = self.job.adapter.run(plan)
+            first = result.get(0)
+        except (LaunchError, PayloadError, PlacementError) as error:
+            raise _flyte_error(error) from (error.__cause__ or error)
+        if first is None:
+            raise IgnoreOutputs
+        _hand_over(first)
+        return first.return_value
+
+    def _recorded_environment(self) -> dict[str, str]:
+        """The user's variables, and the choice: the container does not share the registering shell's environment."""
+        choice = self._job.choice
+        recorded = dict(self._own_environment)
+        if choice.is_default:
+            return recorded
+        recorded[BACKEND_VARIABLE] = choice.name
+        if not isinstance(self._job.config, Elastic | PyTorch):
+            recorded[ROUTE_VARIABLE] = "1"
+        return recorded
+
+
+class PytorchElasticFunctionTask(_TorchTask[Elastic]):
+    """A torch elastic job as a Flyte task.
+
+    Args:
+        task_config: ``Elastic``, ours or upstream's.
+        task_function: The user's function, which every worker calls.
+        **kwargs: As for flytekit's ``PythonFunctionTask``.
+
+    Raises:
+        ConfigError: The config cannot work; lists every problem. A ValueError.
+        BackendUnavailableError: The chosen backend is unknown or its package is missing.
+        ImportError: torch is not installed.
+    """
+
+    rdzv_backend = "c10d"
+
+    def __init__(self, task_config: Elastic, task_function: Callable[..., Any], **kwargs: Any) -> None:
+        if not _is_installed("torch"):
+            raise ImportError(TORCH_IMPORT_ERROR_MESSAGE)
+        super().__init__(task_config, task_function, **kwargs)
+
+    @property
+    def min_nodes(self) -> int:
+        """Fewest nodes to train with."""
+        return parse_nnodes(self.task_config.nnodes)[0]
+
+    @property
+    def max_nodes(self) -> int:
+        """Most nodes to train with."""
+        return parse_nnodes(self.task_config.nnodes)[1]
+
+    def plan(self, call: Call) -> LaunchPlan:
+        """The plan of one execution."""
+        return plan_elastic(self.task_config, call)
+
+
+class PyTorchFunctionTask(_TorchTask[PyTorch]):
+    """A job with one process per replica as a Flyte task. Constructed like ``PytorchElasticFunctionTask``."""
+
+    def plan(self, call: Call) -> LaunchPlan:
+        """The plan of one execution."""
+        return plan_pytorch(self.task_config, call)
+
+    def execute(self, **kwargs: Any) -> Any:
+        """Call the function where the platform started this process as one of the replicas, else launch them all."""
+        if self.job.adapter.launches(self.task_config):
+            return super().execute(**kwargs)
+        return PythonFunctionTask.execute(self, **kwargs)
+
+
+def _flyte_error(error: KfpytorchRayError) -> FlyteException:
+    timestamp = getattr(error, "timestamp", None) or None
+    if error.retryable:
+        return FlyteRecoverableException(str(error), timestamp=timestamp)
+    return FlyteUserRuntimeException(error, timestamp=timestamp)
+
+
+def _hand_over(first: ElasticWorkerResult) -> None:
+    """Make rank 0's decks and output metadata the task's. The task has a timeline of its own."""
+    decks = flytekit.current_context().decks
+    decks.extend(deck for deck in first.decks if not isinstance(deck, TimeLineDeck))
+    tracker = FlyteContextManager.current_context().output_metadata_tracker
+    if first.om and tracker:
+        tracker.add(first.return_value, first.om)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:
+        # In sys.modules without a spec: somebody put it there.
+        return True
+
+
+TaskPlugins.register_pythontask_plugin(PyTorch, PyTorchFunctionTask)
+TaskPlugins.register_pythontask_plugin(Elastic, PytorchElasticFunctionTask)
+route_if_switched_on()
