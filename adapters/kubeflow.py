@@ -231,16 +231,18 @@ def _entrypoint(plan: LaunchPlan) -> tuple[Callable[..., bytes], tuple[Any, ...]
     if plan.start_method == "fork":
         call = functools.partial(plan.function, *plan.args, **plan.kwargs)
 
-        def forked() -> bytes:
+        def train_in_forked_worker() -> bytes:
             return _bring_home(run_in_current_context(call))
 
-        return forked, ()
+        return train_in_forked_worker, ()
     flyte = plan.flyte
     payload = dump_payload(plan.function, plan.args, plan.kwargs)
-    return spawned, (payload, flyte.raw_output_prefix, flyte.checkpoint_dest, flyte.checkpoint_src)
+    return train_in_spawned_worker, (payload, flyte.raw_output_prefix, flyte.checkpoint_dest, flyte.checkpoint_src)
 
 
-def spawned(payload: bytes, raw_output_prefix: str, checkpoint_dest: str | None, checkpoint_src: str | None) -> bytes:
+def train_in_spawned_worker(
+    payload: bytes, raw_output_prefix: str, checkpoint_dest: str | None, checkpoint_src: str | None
+) -> bytes:
     """What a spawned worker runs; it finds this function by its name."""
     return _bring_home(spawn_helper(payload, raw_output_prefix, checkpoint_dest, checkpoint_src, {}))
 

@@ -6,10 +6,11 @@ a plain Python task; which Ray it joins is kfpytorch_ray.cluster.connect's quest
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.backends import Findings, JobConfig, require_package
@@ -19,6 +20,7 @@ from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 
 if TYPE_CHECKING:
+    from kfpytorch_ray.cluster.placement import Place
     from kfpytorch_ray.cluster.protocol import AgentSetup
 
 INSTALL = "pip install 'ray[default]'"
@@ -79,6 +81,7 @@ class RayAdapter:
         first = resources if plan.first_node_resources is None else plan.first_node_resources.amounts
         if options.resources_per_node is not None:
             first = resources = options.resources_per_node
+        payload = dump_payload(plan.function, plan.args, plan.kwargs)
         return RayRequest(
             setup=AgentSetup(
                 name=plan.name,
@@ -90,13 +93,14 @@ class RayAdapter:
                 working_directory=os.getcwd(),
                 preload=tuple(options.preload),
                 flyte=plan.flyte,
+                payload_sha256=hashlib.sha256(payload).hexdigest(),
                 max_restarts=plan.max_restarts,
                 monitor_interval_s=plan.monitor_interval_s,
                 stop_grace_s=options.stop_grace_s,
             ),
             first=first,
             other=resources,
-            payload=dump_payload(plan.function, plan.args, plan.kwargs),
+            payload=payload,
         )
 
     def run(self, plan: LaunchPlan) -> ElasticResult:
@@ -114,15 +118,24 @@ class RayAdapter:
         from kfpytorch_ray.cluster.placement import Demand, reserved
 
         request = self.build(plan)
+        timeout_s = plan.join_timeout_s
         demand = Demand(request.first, request.other, plan.min_nodes, plan.max_nodes)
         with (
             connected(self._options, demand.total(plan.max_nodes)) as private,
-            reserved(demand, private=private, timeout_s=plan.join_timeout_s, name=plan.name) as places,
-            agents_on(places, request.setup, request.payload, plan.join_timeout_s) as agents,
+            reserved(demand, private=private, timeout_s=timeout_s, name=plan.name) as places,
+            agents_on(places, setup := _shared(request.setup, places, private), request.payload, timeout_s) as agents,
         ):
-            controller = Controller(agents, places, request.setup, plan.deadline_s)
+            controller = Controller(agents, places, setup, plan.deadline_s)
             refs = controller.run()
         return ElasticResult(tuple(range(len(refs))), lambda rank: _fetch(refs[rank]), controller.rounds)
+
+
+def _shared(setup: AgentSetup, places: Sequence[Place], private: bool) -> AgentSetup:
+    """On a Ray of our own all nodes share this machine's cores."""
+    from kfpytorch_ray.cluster.environment import one_thread_each
+
+    workers = setup.nproc_per_node * (len(places) if private else 1)
+    return replace(setup, environment=one_thread_each(setup.environment, workers))
 
 
 def _fetch(ref: Any) -> ElasticWorkerResult:

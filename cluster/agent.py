@@ -1,46 +1,58 @@
-"""The agent: the actor that supervises the workers of one node and does what the controller says.
+"""The agent of one node, as the controller sees it: the actor that owns the node's processes and files.
 
-Turns rounds into reports: it runs torch elastic's agent (kfpytorch_ray.cluster.elastic) for one round at a time and
-says of every rank how it ended. It decides nothing. The controller makes it a Ray actor; nothing here imports ray, so
-that it can be driven without a cluster.
+It decides nothing and trains nothing. Its environment and fork server are those of the launch; torch elastic's agent
+runs in a fork of that server (kfpytorch_ray.cluster.supervisor), and this class passes orders on and results out. The
+controller makes it a Ray actor; nothing here imports ray or torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
-import pickle
 import shutil
-import signal
 import tempfile
 import threading
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.cluster.environment import node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
-from kfpytorch_ray.cluster.protocol import AgentSetup, NodeReport, RoundAssignment, WorkerFailure, WorkerSpec
-from kfpytorch_ray.results import Outcome, RankRecord, Stage
+from kfpytorch_ray.cluster.protocol import (
+    MARK_VARIABLE,
+    AgentSetup,
+    Failed,
+    Finished,
+    NodeReport,
+    OpenStore,
+    Ready,
+    RoundAssignment,
+    Shutdown,
+    StopRound,
+    SupervisorLostError,
+    SupervisorSetup,
+)
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
-
-    from kfpytorch_ray.cluster.elastic import RoundAgent
-    from kfpytorch_ray.cluster.processes import Ended
     from kfpytorch_ray.cluster.spool import Spooled
 
 logger = logging.getLogger(__name__)
 
-LOG_TAIL_LINES = 20
-_LOG_TAIL_BYTES = 64 * 1024
+PRELOAD = (
+    "kfpytorch_ray.cluster.guardian",
+    "numpy",
+    "torch",
+    "torch.distributed",
+    "flytekit.bin.entrypoint",
+    "kfpytorch_ray.cluster.supervisor",
+)
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - results pass through memory, in a folder of mode 0700
+_EVERY_ROUND = 2**31
 
 
-class Agent:
-    """One per node. Methods may be called from several threads, but only one round runs at a time.
+class ElasticAgent:
+    """One per node. Methods may be called from several threads; one request runs at a time, and may be stopped.
 
     Args:
         setup: What holds for all rounds.
@@ -48,186 +60,117 @@ class Agent:
     """
 
     def __init__(self, setup: AgentSetup, address: str) -> None:
-        self._setup = setup
-        self._address = address
         environment = node_environment(os.environ, setup.environment)
         os.environ.clear()
         os.environ.update(environment)
 
+        self._setup = setup
         self._folder = Path(tempfile.mkdtemp(prefix="kfpytorch_ray-"))
+        # Under the folder as well: shared memory may be too small for a result, or absent.
         self._result_folders = tuple(
             tempfile.mkdtemp(prefix="kfpytorch_ray-", dir=parent)
             for parent in (SHARED_MEMORY, self._folder)
             if os.access(parent, os.W_OK)
         )
-        self._fork_server = ForkServer(setup.preload, (str(self._folder), *self._result_folders))
-        # While the server imports torch, so does this process: 2 s that would otherwise fall into the first round.
-        from kfpytorch_ray.cluster import elastic
+        self._results: dict[int, str] = {}
+        self._asking = threading.Lock()
+        self._sending = threading.Lock()
 
-        self._elastic = elastic
-        self._payload_sha256 = ""
-        self._store: TCPStore | None = None
-        self._lock = threading.Lock()
-        self._running: tuple[int, RoundAgent] | None = None
-        self._stopped_round = -1
-        self._results: dict[int, Path] = {}
+        preload = (*PRELOAD, *setup.preload)
+        os.environ[MARK_VARIABLE] = os.pathsep.join((str(os.getpid()), *self._folders))
+        fork_server = ForkServer(preload)
+        given = SupervisorSetup(
+            setup=setup,
+            address=address,
+            folder=str(self._folder),
+            payload=str(self._payload),
+            result_folders=self._result_folders,
+            preload=preload,
+        )
+        # By name: importing it here would load torch into the actor, too.
+        self._connection, self._supervisor = fork_server.start_connected(
+            "kfpytorch_ray.cluster.supervisor", "main", given
+        )
 
     def load(self, payload: bytes) -> None:
         """Take the pickled call, once for all rounds, and wait until the fork server is warm."""
-        self._payload_path.write_bytes(payload)
-        self._payload_sha256 = hashlib.sha256(payload).hexdigest()
-        self._fork_server.wait_until_warm()
+        if hashlib.sha256(payload).hexdigest() != self._setup.payload_sha256:
+            msg = "the payload differs from the one that the driver sent"
+            raise ValueError(msg)
+        self._payload.write_bytes(payload)
+        with self._asking:
+            ready: Ready = self._answer()
+        if ready.missing:
+            logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
 
     def open_store(self) -> int:
         """Open the store of a round whose rank 0 is here, and say its port."""
-        self._store = self._elastic.open_store(self._address)
-        return self._store.port
+        port: int = self._ask(OpenStore())
+        return port
 
     def run_round(self, assignment: RoundAssignment) -> NodeReport:
         """Run one round to its end, by itself or by ``stop_round``."""
         self._drop_results()
-        folder = self._folder / f"round-{assignment.round_index}"
-        folder.mkdir()
-        stems = {rank: f"{assignment.round_index}-{rank}" for rank in range(self._setup.nproc_per_node)}
-        failures = {rank: folder / f"failure-{rank}" for rank in stems}
-
-        def make_spec(rank: int, environment: Mapping[str, str], stdout: str, stderr: str, _error: str) -> WorkerSpec:
-            return WorkerSpec(
-                environment=environment,
-                sys_path=self._setup.sys_path,
-                working_directory=self._setup.working_directory,
-                payload=str(self._payload_path),
-                payload_sha256=self._payload_sha256,
-                stdout=stdout,
-                stderr=stderr,
-                failure=str(failures[rank]),
-                result=stems[rank],
-                result_directories=self._result_folders,
-                flyte=self._setup.flyte,
-            )
-
-        store = self._store if assignment.node_rank == 0 else None
-        agent = self._elastic.RoundAgent(self._setup, assignment, store, self._fork_server, str(folder), make_spec)
-        with self._lock:
-            if self._stopped_round >= assignment.round_index:
-                agent.stop()
-            self._running = (assignment.round_index, agent)
-        try:
-            agent.run()
-        finally:
-            with self._lock:
-                self._running = None
-                agent.release()
-            self._store = None
-
-        self._results = {
-            rank: path
-            for rank, stem in stems.items()
-            for path in (Path(parent) / stem for parent in self._result_folders)
-            if path.exists()
-        }
-        return NodeReport(
-            assignment.node_rank,
-            tuple(self._record(agent, assignment, rank, failures[rank]) for rank in stems),
-        )
+        finished: Finished = self._ask(assignment)
+        self._results = dict(finished.results)
+        return finished.report
 
     def stop_round(self, round_index: int) -> None:
         """End a round if it still runs, or will start; returns at once, ``run_round`` returns when it is over."""
-        with self._lock:
-            self._stopped_round = max(self._stopped_round, round_index)
-            if self._running is not None and self._running[0] <= round_index:
-                self._running[1].stop()
+        with contextlib.suppress(OSError), self._sending:
+            self._connection.send(StopRound(round_index))
 
-    def collect(self) -> tuple[Spooled | None, ...]:
+    def collect(self) -> tuple[Spooled | None, ...] | Spooled | None:
         """The results of the last round by local rank; None for a worker that left without one.
 
-        Each is handed out once: the file is removed, its memory lives until Ray has taken it.
+        Each is handed out once: the file is removed, its memory lives until Ray has taken it. A single result comes
+        bare, because Ray makes one object of whatever a method with one return value returns.
         """
         from kfpytorch_ray.cluster.spool import map_spooled
 
         collected: list[Spooled | None] = []
         for rank in range(self._setup.nproc_per_node):
-            path = self._results.pop(rank, None)
-            collected.append(None if path is None else map_spooled(path))
-            if path is not None:
-                path.unlink()
-        return tuple(collected)
+            path = self._results.get(rank)
+            collected.append(None if path is None else map_spooled(Path(path)))
+        self._drop_results()
+        return collected[0] if len(collected) == 1 else tuple(collected)
 
     def shutdown(self) -> None:
-        """End a running round, pass on the last log lines and remove all files."""
-        self.stop_round(2**31)
-        for thread in threading.enumerate():
-            if thread.name == "log-drain":
-                thread.join()
-        for folder in (self._folder, *self._result_folders):
+        """End a running round, wait until its workers are gone, pass on the last log lines and remove all files."""
+        self.stop_round(_EVERY_ROUND)
+        # A supervisor that has died took its workers with it.
+        with contextlib.suppress(SupervisorLostError):
+            self._ask(Shutdown())
+            self._supervisor.join()
+        for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _folders(self) -> tuple[str, ...]:
+        return (str(self._folder), *self._result_folders)
+
+    @property
+    def _payload(self) -> Path:
+        return self._folder / "payload"
+
+    def _ask(self, request: object) -> Any:
+        with self._asking:
+            try:
+                with self._sending:
+                    self._connection.send(request)
+            except OSError as error:
+                raise SupervisorLostError from error
+            return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise SupervisorLostError from error
+        if isinstance(answer, Failed):
+            raise RuntimeError(answer.traceback)
+        return answer
 
     def _drop_results(self) -> None:
         while self._results:
-            self._results.popitem()[1].unlink(missing_ok=True)
-
-    @property
-    def _payload_path(self) -> Path:
-        return self._folder / "payload"
-
-    def _record(self, agent: RoundAgent, assignment: RoundAssignment, local_rank: int, failure: Path) -> RankRecord:
-        ended = agent.ended().get(local_rank)
-        written: WorkerFailure | None = pickle.loads(failure.read_bytes()) if failure.exists() else None
-        outcome, message = _outcome(ended, written)
-        return RankRecord(
-            rank=assignment.node_rank * self._setup.nproc_per_node + local_rank,
-            local_rank=local_rank,
-            node_rank=assignment.node_rank,
-            node=self._address,
-            outcome=outcome,
-            exit_code=None if ended is None else ended.exit_code,
-            timestamp=written.timestamp if written else (ended.at if ended else time.time()),
-            message=message,
-            traceback=written.traceback if written else "",
-            stage=written.stage if written else Stage.CALL,
-            recoverable=bool(written and written.recoverable),
-            exception=written.exception if written else None,
-            log_tail=() if outcome is Outcome.SUCCEEDED else _log_tail(agent, local_rank, written),
-        )
-
-
-def _outcome(ended: Ended | None, failure: WorkerFailure | None) -> tuple[Outcome, str]:
-    """How a worker ended, and one line that says it."""
-    if ended is None:
-        return Outcome.STOPPED, "stopped before it started"
-    if failure is not None:
-        return Outcome.RAISED, failure.message
-    if ended.exit_code == 0:
-        return Outcome.SUCCEEDED, ""
-    if ended.stopped:
-        return Outcome.STOPPED, "stopped with the round"
-    if ended.exit_code < 0:
-        return Outcome.KILLED, f"killed by {_signal_name(-ended.exit_code)}"
-    return Outcome.EXITED, f"left with exit code {ended.exit_code} without an exception"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _log_tail(agent: RoundAgent, local_rank: int, failure: WorkerFailure | None) -> tuple[str, ...]:
-    if agent.workers is None:
-        return ()
-    stdout = _last_lines(agent.workers.stdouts[local_rank], None)
-    # Not the traceback, which the record has already.
-    stderr = _last_lines(agent.workers.stderrs[local_rank], failure.stderr_size_bytes if failure else None)
-    return (*stdout, *stderr)[-LOG_TAIL_LINES:]
-
-
-def _last_lines(path: str, end: int | None) -> list[str]:
-    """Up to LOG_TAIL_LINES lines before byte ``end`` of a file."""
-    try:
-        with open(path, "rb") as file:
-            end = file.seek(0, os.SEEK_END) if end is None else end
-            start = file.seek(max(0, end - _LOG_TAIL_BYTES))
-            return file.read(end - start).decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    except FileNotFoundError:
-        return []
+            Path(self._results.popitem()[1]).unlink(missing_ok=True)

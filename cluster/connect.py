@@ -117,6 +117,15 @@ def _refuse_other_address(address: str | None) -> None:
 
 def _runtime_env(options: RayBackend) -> dict[str, Any]:
     """The user's modules for the other nodes; none if the job brings them already (ray job submit --working-dir)."""
-    if options.working_dir == "" or "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
+    if "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
         return {}
-    return {"working_dir": options.working_dir or os.getcwd(), "excludes": list(options.excludes)}
+    folder = os.getcwd() if options.working_dir is None else options.working_dir
+    # A home or root folder is nobody's project; in Flyte's images the home folder is.
+    if options.working_dir is None and folder in ("/", os.path.expanduser("~")) and not _under_flyte():
+        logger.info("Nothing is sent to the other nodes: %s is no project folder. See RayBackend(working_dir=).", folder)
+        return {}
+    return {"working_dir": folder, "excludes": list(options.excludes)} if folder else {}
+
+
+def _under_flyte() -> bool:
+    return bool(os.environ.get("FLYTE_INTERNAL_EXECUTION_ID"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -17,11 +17,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from kfpytorch_ray.cluster.agent import Agent
+from kfpytorch_ray.cluster.agent import ElasticAgent
 from kfpytorch_ray.cluster.failures import launch_error
 from kfpytorch_ray.cluster.placement import Place
 from kfpytorch_ray.cluster.policy import Decision, decide, root_cause
-from kfpytorch_ray.cluster.protocol import AgentSetup, NodeReport, RoundAssignment
+from kfpytorch_ray.cluster.protocol import AgentSetup, NodeReport, RoundAssignment, SupervisorLostError
 from kfpytorch_ray.errors import DeadlineExceededError, LaunchError, NodeLostError, explain
 from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord
 
@@ -109,7 +109,7 @@ class Controller:
         started_at = time.time()
         try:
             port = ray.get(self._agents[0].open_store.remote())
-        except RayActorError as error:
+        except (RayActorError, SupervisorLostError) as error:
             raise self._lost_between_rounds(0) from error
         pending = {
             agent.run_round.remote(
@@ -150,6 +150,8 @@ class Controller:
             report: NodeReport = ray.get(finished)
         except RayActorError as error:
             return self._lost(node_rank, str(error))
+        except SupervisorLostError:
+            return self._lost(node_rank, "its supervisor process died")
         except RayTaskError as error:
             message = explain(
                 f"{self._setup.name}: the agent on node {node_rank} ({self._places[node_rank].address}) failed.",
@@ -192,7 +194,7 @@ class Controller:
         refs: list[ray.ObjectRef[Any]] = []
         for agent in self._agents:
             returned = agent.collect.options(num_returns=nproc).remote()
-            refs += [returned] if nproc == 1 else returned
+            refs += returned if isinstance(returned, list) else [returned]
         # Owned by this process from now on: they outlive the agents. Waits until they are stored, fetches nothing.
         ray.wait(refs, num_returns=len(refs), fetch_local=False)
         return refs
@@ -211,15 +213,15 @@ class Controller:
 
 def _start_agent(place: Place, setup: AgentSetup) -> ActorHandle[Any]:
     amounts = dict(place.resources)
-    options: Mapping[str, Any] = {
-        "num_cpus": amounts.pop("CPU", 0),
-        "num_gpus": amounts.pop("GPU", 0),
-        "memory": amounts.pop("memory", None),
-        "resources": amounts,
-        "max_concurrency": _AGENT_THREADS,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(place.group, place.index),
-    }
-    return ray.remote(Agent).options(**options).remote(setup, place.address)
+    actor = ray.remote(ElasticAgent).options(
+        num_cpus=amounts.pop("CPU", 0),
+        num_gpus=amounts.pop("GPU", 0),
+        memory=amounts.pop("memory", None),
+        resources=amounts,
+        max_concurrency=_AGENT_THREADS,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, place.index),
+    )
+    return actor.remote(setup, place.address)
 
 
 def _start_failed(error: Exception, name: str) -> LaunchError:

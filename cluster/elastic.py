@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 from torch.distributed import Store, TCPStore
@@ -20,11 +20,12 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError
 
 from kfpytorch_ray.cluster import worker
-from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.processes import Ended, ForkedWorkers
 from kfpytorch_ray.cluster.protocol import AgentSetup, RoundAssignment
 from kfpytorch_ray.cluster.protocol import WorkerSpec as ProcessSpec
 from kfpytorch_ray.plan import Contract
+
+_ENDED = "the controller ended the round"
 
 ROLE = "default_role"
 """ROLE_NAME of every worker, as torchrun has it without ``--role``."""
@@ -93,9 +94,10 @@ class RoundAgent(LocalElasticAgent):
         setup: What holds for all rounds.
         assignment: This round.
         store: The store of this round if it lives here.
-        fork_server: Where workers come from.
         log_folder: Folder of this round's output and error files; must exist.
         make_spec: As in ``ForkedWorkers``.
+        orders: Becomes readable when ``stop_ordered`` should be asked.
+        stop_ordered: Whether the controller ended the round.
     """
 
     def __init__(
@@ -103,9 +105,10 @@ class RoundAgent(LocalElasticAgent):
         setup: AgentSetup,
         assignment: RoundAssignment,
         store: Store | None,
-        fork_server: ForkServer,
         log_folder: str,
-        make_spec: Callable[[int, Mapping[str, str], str, str, str], ProcessSpec],
+        make_spec: Callable[[int, Mapping[str, str], str, str], ProcessSpec],
+        orders: Connection,
+        stop_ordered: Callable[[], bool],
     ) -> None:
         spec = WorkerSpec(
             role=ROLE,
@@ -123,19 +126,10 @@ class RoundAgent(LocalElasticAgent):
         self._remaining_restarts = spec.max_restarts - assignment.restart_count
         self._setup = setup
         self._assignment = assignment
-        self._fork_server = fork_server
         self._make_spec = make_spec
-        self._stop_reader, self._stop_writer = os.pipe()
+        self._orders = orders
+        self._stop_ordered = stop_ordered
         self.workers: ForkedWorkers | None = None
-
-    def stop(self) -> None:
-        """End the round from another thread; ``run`` returns when all workers are gone."""
-        os.write(self._stop_writer, b"x")
-
-    def release(self) -> None:
-        """Close what ``stop`` needs; call when ``run`` has returned and ``stop`` cannot be called any more."""
-        os.close(self._stop_reader)
-        os.close(self._stop_writer)
 
     def ended(self) -> Mapping[int, Ended]:
         """How workers ended, by local rank; none for one that never started."""
@@ -168,7 +162,6 @@ class RoundAgent(LocalElasticAgent):
             envs=envs,
             logs_specs=self._logs_specs,
             log_line_prefixes=prefixes,
-            fork_server=self._fork_server,
             make_spec=self._make_spec,
             stop_grace_s=self._setup.stop_grace_s,
         )
@@ -216,14 +209,15 @@ class RoundAgent(LocalElasticAgent):
 
     def _invoke_run(self, role: str = ROLE) -> RunResult:
         """One round: torch's loop without sleep, restarts and exit barrier."""
+        if self._stop_ordered():
+            raise RendezvousGracefulExitError(_ENDED)
         self._initialize_workers(self._worker_group)
         assert self.workers is not None
         while True:
-            self.workers.wait_for_change(self._worker_group.spec.monitor_interval, self._stop_reader)
+            self.workers.wait_for_change(self._worker_group.spec.monitor_interval, self._orders)
             result = self._monitor_workers(self._worker_group)
             self._worker_group.state = result.state
             if result.state is not WorkerState.HEALTHY:
                 return result
-            if wait([self._stop_reader], 0):
-                msg = "the controller ended the round"
-                raise RendezvousGracefulExitError(msg)
+            if self._stop_ordered():
+                raise RendezvousGracefulExitError(_ENDED)

@@ -53,14 +53,19 @@ def launch_environment(driver: Mapping[str, str], plan: LaunchPlan, options: Ray
         **plan.environment,
         **options.env,
     }
-    if "OMP_NUM_THREADS" not in environment and plan.nproc_per_node > 1:
-        logger.warning(
-            "OMP_NUM_THREADS is not set: each of the %s workers on a node gets 1 thread, as by torchrun. "
-            "Set it in the task's environment to use more.",
-            plan.nproc_per_node,
-        )
-        environment["OMP_NUM_THREADS"] = "1"
-    return environment
+    return one_thread_each(environment, plan.nproc_per_node)
+
+
+def one_thread_each(environment: Mapping[str, str], workers: int) -> dict[str, str]:
+    """OMP_NUM_THREADS=1 where nobody set it and ``workers`` share a machine, so that they do not fight for cores."""
+    if "OMP_NUM_THREADS" in environment or workers < 2:
+        return dict(environment)
+    logger.warning(
+        "OMP_NUM_THREADS is not set: each of the %s workers on one machine gets 1 thread, as by torchrun. "
+        "Set it in the task's environment to use more.",
+        workers,
+    )
+    return {**environment, "OMP_NUM_THREADS": "1"}
 
 
 def node_environment(node: Mapping[str, str], launch: Mapping[str, str]) -> dict[str, str]:

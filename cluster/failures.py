@@ -57,12 +57,12 @@ def _message(name: str, rounds: tuple[RoundRecord, ...], cause: RankRecord, max_
     where = f"rank {cause.rank} (local rank {cause.local_rank} on node {cause.node_rank}, {cause.node})"
     exit_code = "" if cause.exit_code is None else f", exit code {cause.exit_code}"
     lines = [
-        f"{name} failed in round {last.index} of {len(rounds)}: {where}: {cause.message}",
+        f"{name} failed in round {last.index}: {where}: {cause.message}",
         f"Why: {_why(cause)}{exit_code}. {same} of {last.world_size} ranks failed this way"
         + (f", {len(failed) - same} in another way." if len(failed) > same else "."),
         f"Fix: {_fix(cause, restarts_used=len(rounds) - 1, max_restarts=max_restarts)}",
     ]
-    if cause.traceback:
+    if cause.outcome is Outcome.RAISED and cause.stage is not Stage.RESULT:
         lines += ["", f"Traceback of rank {cause.rank}:", cause.traceback.rstrip()]
     if cause.log_tail:
         lines += ["", f"Last lines of rank {cause.rank}:", *(f"  {line}" for line in cause.log_tail)]

@@ -1,13 +1,12 @@
 """The warm fork server of an agent: torch and flytekit are imported once, each worker is a fork of it.
 
-Python's own multiprocessing fork server does the work. Added here: modules are really preloaded or named as missing,
-Ray's main module is not run again in every child (260 ms each), and the server cleans up when its agent is killed
-(kfpytorch_ray.cluster.guardian). One per process, because multiprocessing has one per process.
+Python's own multiprocessing fork server does the work; it is one per process. Added here: Ray's main module is not run
+again in every child (260 ms each), and children can be cut loose from the server.
 """
 
 from __future__ import annotations
 
-import logging
+import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -17,60 +16,43 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from kfpytorch_ray.cluster import guardian
-
-logger = logging.getLogger(__name__)
-
-PRELOAD = (
-    "kfpytorch_ray.cluster.guardian",
-    "numpy",
-    "torch",
-    "torch.distributed",
-    "torch.distributed.elastic.multiprocessing.errors",
-    "flytekit.bin.entrypoint",
-    "kfpytorch_ray.cluster.worker",
-)
+_context = multiprocessing.get_context("forkserver")
 
 
 class ForkServer:
-    """Starts worker processes from a warm server.
+    """Starts processes from a warm server.
 
-    The server gets the environment and the current directory of this process at the time of construction, so that
-    variables that libraries read while they are imported (OMP_NUM_THREADS) have their effect.
+    The server gets the environment and the current directory that this process has at the time of construction, so
+    that variables which libraries read while they are imported (OMP_NUM_THREADS) have their effect.
 
     Args:
-        preload: Modules to import besides ``PRELOAD``.
-        folders: Folders to remove if this process is killed.
+        preload: Modules to import, in this order; those that cannot be are passed over.
     """
 
-    def __init__(self, preload: tuple[str, ...], folders: tuple[str, ...]) -> None:
-        self._preload = (*PRELOAD, *preload)
-        self._context = multiprocessing.get_context("forkserver")
+    def __init__(self, preload: tuple[str, ...]) -> None:
         _hide_main_module()
-        multiprocessing.forkserver.set_forkserver_preload(list(self._preload))
-        os.environ[guardian.FOLDERS_VARIABLE] = os.pathsep.join(folders)
-        try:
-            multiprocessing.forkserver.ensure_running()
-        finally:
-            del os.environ[guardian.FOLDERS_VARIABLE]
+        multiprocessing.forkserver.set_forkserver_preload(list(preload))
+        multiprocessing.forkserver.ensure_running()
 
-    def wait_until_warm(self) -> None:
-        """Wait for the imports, and log the names of modules that could not be imported."""
-        receiver, sender = self._context.Pipe(duplex=False)
-        process = self.start("preload-check", _report_missing, (sender, self._preload))
-        sender.close()
-        with receiver:
-            missing = receiver.recv()
-        process.join()
-        process.close()
-        if missing:
-            logger.warning("The fork server could not preload %s; each worker imports them itself.", missing)
+    def start_connected(self, module: str, function: str, given: object) -> tuple[Connection, ForkServerProcess]:
+        """Fork a process that calls ``module.function(connection, given)``; its other end is returned.
 
-    def start(self, name: str, target: Callable[..., None], args: tuple[Any, ...]) -> ForkServerProcess:
-        """Fork a process that calls ``target(*args)``; both are pickled, the target by its name."""
-        process = self._context.Process(name=name, target=target, args=args)
-        process.start()
-        return process
+        The module is imported in the child only.
+        """
+        ours, theirs = _context.Pipe()
+        process = start(function, _call_by_name, (module, function, theirs, given))
+        theirs.close()
+        return ours, process
+
+
+def start(name: str, target: Callable[..., None], args: tuple[Any, ...]) -> ForkServerProcess:
+    """Fork a process that calls ``target(*args)``, from this process or from a child of the same server.
+
+    Both are pickled, the target by its name.
+    """
+    process = _context.Process(name=name, target=target, args=args)
+    process.start()
+    return process
 
 
 def leave_fork_server() -> None:
@@ -95,6 +77,5 @@ def _hide_main_module() -> None:
         del main.__file__
 
 
-def _report_missing(sender: Connection, modules: tuple[str, ...]) -> None:
-    with sender:
-        sender.send([name for name in modules if name not in sys.modules])
+def _call_by_name(module: str, function: str, connection: Connection, given: object) -> None:
+    getattr(importlib.import_module(module), function)(connection, given)

@@ -1,49 +1,66 @@
-"""The last hand of an agent: imported by its fork server, to clean up after an agent that was killed.
+"""The last hand of an agent: cleans up after it, however it ended.
 
-The fork server ends when its agent ends, however that happens. Before it does, the process groups of all its workers
-are killed (data loaders included) and the agent's folders are removed. Importing this module anywhere else has no
-effect, because the variable that names the folders is set for the fork server only.
+Imported first by an agent's fork server, this module leaves a small watching process there. When the agent or the
+server is gone, that process kills everything that carries the agent's mark (workers, their data loaders, whatever they
+started) and removes the agent's folders. Ray kills the children of an actor that ends, with SIGKILL, so the server
+itself gets no chance to do it.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
+import select
 import shutil
 import signal
+import time
 from pathlib import Path
 
-FOLDERS_VARIABLE = "KFPYTORCH_RAY_GUARDED_FOLDERS"
+from kfpytorch_ray.cluster.protocol import MARK_VARIABLE
+
+_RETRY_S = 0.02
 
 
-def kill_group(leader: int, signum: signal.Signals) -> None:
-    """Signal the process group of a worker, or the worker alone if it has not made its group yet."""
-    try:
-        os.killpg(leader, signum)
-    except ProcessLookupError:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(leader, signum)
-
-
-def children_of(pid: int) -> tuple[int, ...]:
-    """Process ids of the direct children of a process, as the kernel lists them."""
-    found: list[int] = []
-    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+def marked_processes(value: str) -> set[int]:
+    """Processes that were started under an agent, but this one."""
+    entry = f"{MARK_VARIABLE}={value}".encode()
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        # Gone meanwhile, or somebody else's.
         with contextlib.suppress(OSError):
-            found.extend(int(child) for child in listing.read_text().split())
-    return tuple(found)
+            if entry in (process / "environ").read_bytes().split(b"\0"):
+                found.add(int(process.name))
+    return found - {os.getpid()}
 
 
-def _clean_up(owner: int, folders: tuple[str, ...]) -> None:
-    # A worker that leaves by sys.exit after a bare os.fork runs the handlers it inherited.
-    if os.getpid() != owner:
+def _leave_watcher() -> None:
+    value = os.environ.get(MARK_VARIABLE, "")
+    agent, *folders = value.split(os.pathsep)
+    # Only in the agent's own child: workers and their children carry the mark as well.
+    if agent != str(os.getppid()) or os.fork():
         return
-    for child in children_of(owner):
-        kill_group(child, signal.SIGKILL)
+    try:
+        _watch(int(agent), os.getppid(), value, folders)
+    finally:
+        os._exit(0)
+
+
+def _watch(agent: int, server: int, value: str, folders: list[str]) -> None:
+    os.setsid()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    with contextlib.suppress(ProcessLookupError):
+        ends = [os.pidfd_open(process) for process in (agent, server)]
+        select.select(ends, [], [])
+    while left := marked_processes(value):
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        # A process in the kernel's hands ends a moment later.
+        time.sleep(_RETRY_S)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-if guarded := os.environ.pop(FOLDERS_VARIABLE, ""):
-    atexit.register(_clean_up, os.getpid(), tuple(guarded.split(os.pathsep)))
+_leave_watcher()

@@ -20,9 +20,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext, RunProcsResult
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from kfpytorch_ray.cluster import worker
-from kfpytorch_ray.cluster.forkserver import ForkServer
-from kfpytorch_ray.cluster.guardian import kill_group
+from kfpytorch_ray.cluster import forkserver, worker
 from kfpytorch_ray.cluster.protocol import WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -50,8 +48,7 @@ class ForkedWorkers(PContext):
         envs: Environment by local rank; torch adds TORCHELASTIC_ERROR_FILE.
         logs_specs: Where output and error files go.
         log_line_prefixes: What each line of a worker's output starts with when it is passed on.
-        fork_server: Where processes come from.
-        make_spec: Completes a worker's spec: (local rank, environment, stdout file, stderr file, error file).
+        make_spec: Completes a worker's spec: (local rank, environment, stdout file, stderr file).
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
     """
 
@@ -61,12 +58,10 @@ class ForkedWorkers(PContext):
         envs: dict[int, dict[str, str]],
         logs_specs: LogsSpecs,
         log_line_prefixes: dict[int, str] | None,
-        fork_server: ForkServer,
-        make_spec: Callable[[int, Mapping[str, str], str, str, str], WorkerSpec],
+        make_spec: Callable[[int, Mapping[str, str], str, str], WorkerSpec],
         stop_grace_s: float,
     ) -> None:
         super().__init__(name, worker.main, {rank: () for rank in envs}, envs, logs_specs, log_line_prefixes)
-        self._fork_server = fork_server
         self._make_spec = make_spec
         self._stop_grace_s = stop_grace_s
         self._processes: dict[int, ForkServerProcess] = {}
@@ -83,10 +78,8 @@ class ForkedWorkers(PContext):
 
     def _start(self) -> None:
         for rank in range(self.nprocs):
-            spec = self._make_spec(
-                rank, self.envs[rank], self.stdouts[rank], self.stderrs[rank], self.error_files[rank]
-            )
-            process = self._fork_server.start(f"{self.name}{rank}", worker.main, (spec,))
+            spec = self._make_spec(rank, self.envs[rank], self.stdouts[rank], self.stderrs[rank])
+            process = forkserver.start(f"{self.name}{rank}", worker.main, (spec,))
             assert process.pid is not None
             self._processes[rank] = process
             self._pids[rank] = process.pid
@@ -170,3 +163,12 @@ class ForkedWorkers(PContext):
         while (running := self._running()) and (left := deadline - time.monotonic()) > 0:
             wait([process.sentinel for process in running.values()], left)
             self._collect()
+
+
+def kill_group(leader: int, signum: signal.Signals) -> None:
+    """Signal the process group of a worker, or the worker alone if it has not made its group yet."""
+    try:
+        os.killpg(leader, signum)
+    except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(leader, signum)

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.results import RankRecord, Stage
 
+MARK_VARIABLE = "KFPYTORCH_RAY_AGENT"
+"""In the environment of every process under an agent: the agent's process id, then its folders."""
+
 
 @dataclass(frozen=True, slots=True)
 class AgentSetup:
@@ -26,6 +29,7 @@ class AgentSetup:
         working_directory: The driver's current directory; workers start there if it exists on the node.
         preload: Modules that the fork server imports.
         flyte: The Flyte context of the workers.
+        payload_sha256: Of the pickled call, checked before it is unpickled.
         max_restarts: TORCHELASTIC_MAX_RESTARTS.
         monitor_interval_s: Longest time between two looks at the workers.
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
@@ -40,6 +44,7 @@ class AgentSetup:
     working_directory: str
     preload: tuple[str, ...]
     flyte: FlyteContext
+    payload_sha256: str
     max_restarts: int
     monitor_interval_s: float
     stop_grace_s: float
@@ -126,3 +131,67 @@ class WorkerFailure:
     recoverable: bool
     stderr_size_bytes: int
     exception: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorSetup:
+    """What an agent gives its supervisor process.
+
+    Attributes:
+        setup: The agent's own.
+        address: The address that Ray knows for this node.
+        folder: For logs and error files.
+        payload: File with the pickled call.
+        result_folders: Where results may go, best first.
+        preload: Modules that the fork server should have imported.
+    """
+
+    setup: AgentSetup
+    address: str
+    folder: str
+    payload: str
+    result_folders: tuple[str, ...]
+    preload: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """First word of a supervisor: the fork server is warm, but for these modules."""
+
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStore:
+    """Asks for the store of the next round; answered with its port."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRound:
+    """Ends this round, and any before it. Not answered: the round's own answer comes sooner."""
+
+    round_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Asks the supervisor to pass on the last log lines and end; answered when it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Answer to a ``RoundAssignment``: what became of the workers, and the files with their results by local rank."""
+
+    report: NodeReport
+    results: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Answer to a request that raised in the supervisor."""
+
+    traceback: str
+
+
+class SupervisorLostError(Exception):
+    """The supervisor process died; its agent is of no use any more."""

@@ -65,7 +65,7 @@ def _run(spec: WorkerSpec) -> None:
             spool(result, spec.result_directories, spec.result)
         except (pickle.PicklingError, TypeError, AttributeError, RecursionError, ValueError) as error:
             msg = f"a return value of type {_qualified_name(result.return_value)} cannot be pickled: {error}"
-            raise TypeError(msg) from error
+            raise TypeError(msg) from None
 
 
 def _load(spec: WorkerSpec) -> Callable[[], Any]:
@@ -107,8 +107,10 @@ def _format_traceback(error: Exception) -> str:
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename in _OWN_FILES:
         frames = frames.tb_next
-    # An error of our own checks has no frame of the user's.
-    return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
+    if frames is None:
+        # One of this module's own checks: its message says all.
+        return "".join(traceback.format_exception_only(error))
+    return "".join(traceback.format_exception(type(error), error, frames))
 
 
 def _pickled(error: Exception) -> bytes | None:

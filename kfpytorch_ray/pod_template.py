@@ -20,10 +20,11 @@ def shared_memory_problems(template: PodTemplate | None) -> tuple[str, ...]:
         return ()
     containers = template.pod_spec.containers or []
     if len(containers) > 1:
-        return (
+        problem = (
             f"pod_template has {len(containers)} containers, so that increase_shared_mem cannot know which one "
-            "trains: set increase_shared_mem=False and mount a volume at /dev/shm where it is needed",
+            "trains: set increase_shared_mem=False and mount a volume at /dev/shm where it is needed"
         )
+        return (problem,)
     if any(mount.mount_path == MOUNT_PATH for container in containers for mount in container.volume_mounts or []):
         return ("pod_template already mounts a volume at /dev/shm: remove the mount or set increase_shared_mem=False",)
     return ()

@@ -1,0 +1,380 @@
+"""What ``launch()`` promises on Ray, each on real agents and workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from kfpytorch_ray import (
+    Elastic,
+    InfeasibleError,
+    NodeLostError,
+    RayBackend,
+    RecoverableWorkerError,
+    ResultError,
+    RunPolicy,
+    WorkerFailedError,
+    launch,
+)
+from kfpytorch_ray.errors import DeadlineExceededError
+from kfpytorch_ray.results import Outcome
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+TORCHRUN_PROBE = """
+import json, os, sys
+path = os.path.join(sys.argv[1], os.environ["RANK"])
+with open(path, "w") as file:
+    json.dump(dict(os.environ), file)
+"""
+
+
+def on_ray(nnodes: int | str = 1, nproc: int = 2, max_restarts: int = 0, **options: Any) -> Elastic:
+    """A job on Ray."""
+    return Elastic(nnodes=nnodes, nproc_per_node=nproc, max_restarts=max_restarts, backend=RayBackend(**options))
+
+
+
+
+def test_workers_find_what_torchrun_gives_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two workers see the variables that torchrun sets, with the values torchrun would give."""
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("NOT_CARRIED", "x")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def probe() -> dict[str, Any]:
+        import torch.distributed as dist
+
+        dist.init_process_group()
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        return {
+            "environment": dict(os.environ),
+            "sum": float(total),
+            "torchelastic": dist.is_torchelastic_launched(),
+            "threads": torch.get_num_threads(),
+            "main_is_ray": "default_worker" in str(getattr(sys.modules["__main__"], "__file__", "")),
+        }
+
+    result = launch(probe, elastic=on_ray(nnodes=2, max_restarts=3, env={"FROM_OPTIONS": "1"}))
+
+    script = tmp_path / "probe.py"
+    script.write_text(TORCHRUN_PROBE)
+    folder = tmp_path / "torchrun"
+    folder.mkdir()
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script), str(folder)],
+        env=clean,
+        check=True,
+        capture_output=True,
+    )
+    by_torchrun = json.loads((folder / "1").read_text())
+    # The one that torchrun sets for its own agent.
+    set_by_torchrun = by_torchrun.keys() - clean.keys() - {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
+
+    assert len(result) == 4
+    node = next(node for node in ray.nodes() if node["Alive"])
+    for rank in range(4):
+        seen = result[rank].return_value
+        environment = seen["environment"]
+        assert set_by_torchrun <= environment.keys()
+        expected = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % 2),
+            "GROUP_RANK": str(rank // 2),
+            "ROLE_RANK": str(rank),
+            "WORLD_SIZE": "4",
+            "LOCAL_WORLD_SIZE": "2",
+            "GROUP_WORLD_SIZE": "2",
+            "ROLE_WORLD_SIZE": "4",
+            "ROLE_NAME": by_torchrun["ROLE_NAME"],
+            "MASTER_ADDR": node["NodeManagerAddress"],
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "3",
+            "TORCHELASTIC_USE_AGENT_STORE": by_torchrun["TORCHELASTIC_USE_AGENT_STORE"],
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": by_torchrun["TORCH_NCCL_ASYNC_ERROR_HANDLING"],
+            "OMP_NUM_THREADS": by_torchrun["OMP_NUM_THREADS"],
+            "NCCL_DEBUG": "WARN",
+            "FROM_OPTIONS": "1",
+        }
+        assert {name: environment.get(name) for name in expected} == expected
+        assert "NOT_CARRIED" not in environment
+        assert seen["sum"] == 4
+        assert seen["torchelastic"]
+        assert seen["threads"] == 1
+        assert not seen["main_is_ray"]
+    assert len({result[rank].return_value["environment"]["TORCHELASTIC_RUN_ID"] for rank in range(4)}) == 1
+
+
+def test_other_ranks_values_are_not_fetched_unasked() -> None:
+    """Values stay in the object store until somebody asks; tensors come home writable and share storage as before."""
+
+    def work() -> dict[str, torch.Tensor]:
+        weights = torch.full((4, 4), float(os.environ["RANK"]))
+        return {"weights": weights, "row": weights[1]}
+
+    result = launch(work, elastic=on_ray())
+
+    assert "fetched=()" in repr(result)
+    value = result[1].return_value
+    assert "fetched=(1,)" in repr(result)
+    value["row"][0] = 7
+    assert value["weights"][1].tolist() == [7, 1, 1, 1]
+    assert [record.outcome for record in result.rounds[0].ranks] == [Outcome.SUCCEEDED] * 2
+
+
+def test_restart_after_a_failure_anywhere(tmp_path: Path) -> None:
+    """One rank on one node raises: all ranks of all nodes start again, counted once for the whole group."""
+
+    def work(folder: str) -> tuple[str, str]:
+        import torch.distributed as dist
+
+        dist.init_process_group()
+        restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        Path(folder, f"{os.environ['RANK']}-{restarts}").touch()
+        if os.environ["RANK"] == "3" and restarts == "0":
+            raise RuntimeError("first time")
+        dist.barrier()
+        return os.environ["RANK"], restarts
+
+    result = launch(work, str(tmp_path), elastic=on_ray(nnodes=2, max_restarts=1))
+
+    assert [result[rank].return_value for rank in range(4)] == [(str(rank), "1") for rank in range(4)]
+    first, second = result.rounds
+    assert first.ranks[3].outcome is Outcome.RAISED
+    assert "RuntimeError: first time" in first.ranks[3].message
+    assert all(rank.outcome is Outcome.STOPPED or rank.rank == 3 for rank in first.ranks)
+    assert second.succeeded
+
+
+def test_error_names_rank_and_carries_the_users_exception() -> None:
+    """The error says which rank on which node, with its traceback and last output; the exception itself is the cause."""
+
+    def work() -> None:
+        print("before the end")
+        if os.environ["RANK"] == "1":
+            raise KeyError("lost key")
+
+    with pytest.raises(WorkerFailedError) as caught:
+        launch(work, elastic=on_ray())
+
+    text = str(caught.value)
+    assert "rank 1 (local rank 1 on node 0" in text
+    assert "KeyError: 'lost key'" in text
+    assert 'raise KeyError("lost key")' in text
+    assert "before the end" in text
+    assert "worker.py" not in text, "our own frames are noise"
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert caught.value.__cause__.args == ("lost key",)
+    assert caught.value.timestamp > 0
+
+
+def test_exception_class_that_exists_only_in_the_worker() -> None:
+    """An exception that cannot be rebuilt here keeps its text."""
+
+    def work() -> None:
+        from types import ModuleType
+
+        sys.modules["only_there"] = module = ModuleType("only_there")
+        exec("class OnlyThere(Exception): pass", module.__dict__)
+        raise module.OnlyThere("hello from there")
+
+    with pytest.raises(WorkerFailedError, match="OnlyThere: hello from there") as caught:
+        launch(work, elastic=on_ray(nproc=1))
+    assert caught.value.__cause__ is None
+
+
+def test_recoverable_error_is_retryable() -> None:
+    """A subclass of FlyteRecoverableException ends as an error that Flyte retries."""
+
+    def work() -> None:
+        from flytekit.exceptions.user import FlyteRecoverableException
+
+        class Flaky(FlyteRecoverableException):
+            pass
+
+        raise Flaky("try again")
+
+    with pytest.raises(RecoverableWorkerError, match="try again") as caught:
+        launch(work, elastic=on_ray(nproc=1))
+    assert caught.value.retryable
+
+
+def test_killed_rank_stops_ranks_in_a_collective_and_their_children(
+    tmp_path: Path, eventually: Callable[[Callable[[], object], str], None]
+) -> None:
+    """SIGKILL of one rank: the others, blocked in an all_reduce, end at once, and so do their child processes."""
+
+    def work(folder: str) -> None:
+        import signal
+        import subprocess
+
+        import torch.distributed as dist
+
+        dist.init_process_group()
+        child = subprocess.Popen(["sleep", "1000"])
+        Path(folder, os.environ["RANK"]).write_text(f"{os.getpid()} {child.pid}")
+        dist.barrier()
+        if os.environ["RANK"] == "2":
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+        signal.pause()
+
+    with pytest.raises(WorkerFailedError) as caught:
+        launch(work, str(tmp_path), elastic=on_ray(nnodes=2))
+
+    text = str(caught.value)
+    assert "rank 2" in text
+    assert "SIGKILL" in text
+    assert "out-of-memory" in text
+    ranks = caught.value.rounds[0].ranks
+    assert ranks[2].outcome is Outcome.KILLED
+    assert ranks[2].exit_code == -9
+    pids = [int(pid) for rank in range(4) for pid in (tmp_path / str(rank)).read_text().split()]
+    assert len(pids) == 8
+    eventually(lambda: not any(running(pid) for pid in pids), "workers and their children to end")
+
+
+def running(pid: int) -> bool:
+    """Whether a process exists and is more than an entry that waits to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(
+    tmp_path: Path, eventually: Callable[[Callable[[], object], str], None]
+) -> None:
+    """Stopping is bounded: SIGTERM, the grace, SIGKILL."""
+
+    def work(folder: str) -> None:
+        import signal
+        import time
+
+        if os.environ["RANK"] == "0":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            Path(folder, "deaf").write_text(str(os.getpid()))
+            while True:
+                signal.pause()
+        while not Path(folder, "deaf").exists():
+            time.sleep(0.01)
+        raise ValueError("end")
+
+    with pytest.raises(WorkerFailedError, match="ValueError: end") as caught:
+        launch(work, str(tmp_path), elastic=on_ray(stop_grace_s=0.5))
+    deaf = caught.value.rounds[0].ranks[0]
+    assert (deaf.outcome, deaf.exit_code) == (Outcome.STOPPED, -9)
+    eventually(lambda: not running(int((tmp_path / "deaf").read_text())), "the deaf rank to end")
+
+
+def test_leaving_with_exit_code_zero_returns_none() -> None:
+    """``sys.exit(0)``, ``sys.exit()`` and ``os._exit(0)`` are no crash."""
+
+    def work() -> str:
+        rank = os.environ["RANK"]
+        if rank == "0":
+            sys.exit(0)
+        if rank == "1":
+            sys.exit()
+        if rank == "2":
+            os._exit(0)
+        return "returned"
+
+    result = launch(work, elastic=on_ray(nproc=4))
+    assert [result[rank].return_value for rank in range(4)] == [None, None, None, "returned"]
+
+
+def test_exit_code_is_reported() -> None:
+    """``sys.exit(3)`` is a failure that says its exit code."""
+
+    def work() -> None:
+        if os.environ["RANK"] == "1":
+            sys.exit(3)
+
+    with pytest.raises(WorkerFailedError, match="rank 1 .* exit code 3") as caught:
+        launch(work, elastic=on_ray())
+    assert caught.value.rounds[0].ranks[1].outcome is Outcome.EXITED
+
+
+def test_result_that_cannot_be_pickled_is_named_and_not_tried_again() -> None:
+    """The error names rank and type; a restart would end the same way."""
+
+    def work() -> Any:
+        import threading
+
+        return threading.Lock() if os.environ["RANK"] == "1" else 1
+
+    with pytest.raises(ResultError, match=r"rank 1 .*_thread\.lock") as caught:
+        launch(work, elastic=on_ray(max_restarts=5))
+    assert len(caught.value.rounds) == 1
+
+
+def test_more_gpus_than_there_can_be_fails_at_once() -> None:
+    """Demand that no node can meet says what was asked and what there is."""
+    with pytest.raises(InfeasibleError, match=r"GPU: 8.*") as caught:
+        launch(int, elastic=on_ray(resources_per_node={"CPU": 1, "GPU": 8}))
+    assert "CPU: 8" in str(caught.value)
+
+
+def test_deadline_stops_everything() -> None:
+    """RunPolicy(active_deadline_seconds) ends a launch that takes longer."""
+
+    def work() -> None:
+        import signal
+
+        signal.pause()
+
+    job = on_ray()
+    job.run_policy = RunPolicy(active_deadline_seconds=1)
+    with pytest.raises(DeadlineExceededError, match="active_deadline_seconds"):
+        launch(work, elastic=job)
+
+
+def test_killed_agent_is_a_lost_node(tmp_path: Path) -> None:
+    """SIGKILL of an agent ends the launch with a retryable error; its workers and files go with it."""
+
+    def work(folder: str) -> None:
+        import signal
+        import time
+
+        rank = os.environ["RANK"]
+        Path(folder, rank).touch()
+        while not all(Path(folder, other).exists() for other in "01"):
+            time.sleep(0.01)
+        if rank == "1":
+            # worker -> fork server -> agent
+            agent = int(Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            os.kill(agent, signal.SIGKILL)
+        signal.pause()
+
+    with pytest.raises(NodeLostError, match="node 1") as caught:
+        launch(work, str(tmp_path), elastic=on_ray(nnodes=2, nproc=1))
+    assert caught.value.retryable
+    assert [rank.outcome for rank in caught.value.rounds[0].ranks] == [Outcome.STOPPED, Outcome.LOST]
+
+
+def test_workers_do_not_share_random_state() -> None:
+    """Forks of one warm server draw different numbers, as spawned processes do."""
+
+    def work() -> tuple[float, float]:
+        import random
+
+        import numpy as np
+
+        return random.random(), float(np.random.rand())
+
+    result = launch(work, elastic=on_ray(nproc=3))
+    drawn = [result[rank].return_value for rank in range(3)]
+    assert len({value for value, _ in drawn}) == 3
+    assert len({value for _, value in drawn}) == 3

@@ -1,0 +1,75 @@
+"""A backend made for tests, found as any third-party backend is: by an entry point of an installed distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from kfpytorch_ray.backends import Findings, JobConfig
+from kfpytorch_ray.plan import LaunchPlan
+from kfpytorch_ray.results import ElasticResult
+
+
+class DoubleAdapter:
+    """Records the plans it is given and behaves as a test says."""
+
+    findings: ClassVar[Findings] = Findings()
+    answer: ClassVar[Callable[[LaunchPlan], ElasticResult]]
+    plans: ClassVar[list[LaunchPlan]] = []
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+
+    def check(self, config: JobConfig) -> Findings:
+        return self.findings
+
+    def task_type(self, config: JobConfig) -> str:
+        return "double"
+
+    def custom(self, config: JobConfig) -> dict[str, Any] | None:
+        return {"made": "by double"}
+
+    def launches(self, config: JobConfig) -> bool:
+        return True
+
+    def build(self, plan: LaunchPlan) -> Any:
+        return plan
+
+    def run(self, plan: LaunchPlan) -> ElasticResult:
+        self.plans.append(plan)
+        return type(self).answer(plan)
+
+
+def write_distribution(folder: Path, entry_points: str) -> None:
+    """What pip leaves behind of a distribution that has entry points."""
+    info = folder / "double_backend-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: double-backend\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(entry_points)
+
+
+@pytest.fixture
+def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[DoubleAdapter]:
+    """The adapter class of the backend ``double``, installed for one test."""
+    write_distribution(tmp_path / "site", f"[kfpytorch_ray.adapters]\ndouble = {__name__}:DoubleAdapter\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(DoubleAdapter, "findings", Findings())
+    monkeypatch.setattr(DoubleAdapter, "plans", [])
+    monkeypatch.setattr(DoubleAdapter, "answer", staticmethod(lambda plan: ElasticResult((), lambda rank: None)), False)  # type: ignore[arg-type,return-value]
+    return DoubleAdapter
+
+
+@pytest.fixture(autouse=True)
+def no_choice_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that runs the tests has no say in the backend."""
+    from flytekit.configuration.file import get_config_file
+
+    for variable in ("KFPYTORCH_RAY_BACKEND", "FLYTE_KFPYTORCH_RAY_BACKEND", "FLYTE_INTERNAL_EXECUTION_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    empty = tmp_path / "flytekit.yaml"
+    empty.write_text("admin: {}\n")
+    monkeypatch.setenv("FLYTECTL_CONFIG", str(empty))
+    get_config_file.cache_clear()
