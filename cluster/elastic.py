@@ -27,7 +27,7 @@ from kfpytorch_ray.plan import Contract
 
 _ENDED = "the controller ended the round"
 
-ROLE = "default_role"
+ROLE = "default"
 """ROLE_NAME of every worker, as torchrun has it without ``--role``."""
 
 

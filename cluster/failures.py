@@ -51,6 +51,8 @@ def _error_class(cause: RankRecord) -> type[LaunchError]:
 
 
 def _message(name: str, rounds: tuple[RoundRecord, ...], cause: RankRecord, max_restarts: int) -> str:
+    if (explained := cause.message.removeprefix(f"{ResultError.__name__}: ")) != cause.message:
+        return f"{name}: {explained}"
     last = rounds[-1]
     failed = failures(last)
     same = sum(alike(rank, cause) for rank in failed)
@@ -90,10 +92,7 @@ def _fix(cause: RankRecord, restarts_used: int, max_restarts: int) -> str:
                 "into the image. It was not tried again, because it would fail the same way."
             )
         case Outcome.RAISED if cause.stage is Stage.RESULT:
-            return (
-                "Return values that can be pickled, such as a state dict, a path or a number. It was not tried again, "
-                "because it would fail the same way."
-            )
+            return "Make room for the result in /dev/shm or in the folder for temporary files. It was not tried again."
         case Outcome.KILLED:
             name = cause.message.rsplit(" ", 1)[-1]
             return _SIGNAL_HINTS.get(name, "Find out who sent the signal.") + restarts

@@ -7,7 +7,8 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError
 
-from kfpytorch_ray.cluster.spool import unspool
+from kfpytorch_ray.cluster.pickling import load_parts
+from kfpytorch_ray.cluster.spool import parts_of
 from kfpytorch_ray.errors import NodeLostError, explain
 from kfpytorch_ray.results import ElasticWorkerResult
 
@@ -30,5 +31,5 @@ def fetch(ref: Any) -> ElasticWorkerResult:
         ) from error
     if spooled is None:
         return ElasticWorkerResult(None, [], None)
-    result: ElasticWorkerResult = unspool(spooled)
+    result: ElasticWorkerResult = load_parts(parts_of(spooled))
     return result

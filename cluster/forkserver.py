@@ -55,6 +55,15 @@ def start(name: str, target: Callable[..., None], args: tuple[Any, ...]) -> Fork
     return process
 
 
+def share_parents_server() -> None:
+    """Called in a child that starts siblings: use the server it came from.
+
+    multiprocessing means to do so, but its check whether the server runs only knows servers that this very process
+    started, and would start another, cold one.
+    """
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+
+
 def leave_fork_server() -> None:
     """Called in a child: let go of the server, which lives only as long as its clients.
 
@@ -67,6 +76,7 @@ def leave_fork_server() -> None:
     server._forkserver_alive_fd = None
     server._forkserver_address = None
     server._forkserver_pid = None
+    vars(server).pop("ensure_running", None)
     server._preload_modules = ["__main__"]
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
+from kfpytorch_ray.cluster.forkserver import share_parents_server
 from kfpytorch_ray.cluster.processes import Ended
 from kfpytorch_ray.cluster.protocol import (
     Failed,
@@ -46,6 +47,7 @@ _LOG_TAIL_BYTES = 64 * 1024
 def main(connection: Connection, given: SupervisorSetup) -> None:
     """Serve until told to shut down, or until the actor is gone."""
     os.setsid()
+    share_parents_server()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     missing = tuple(name for name in given.preload if name not in sys.modules)

@@ -25,10 +25,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from kfpytorch_ray import flyte_worker
 from kfpytorch_ray.cluster.forkserver import leave_fork_server
+from kfpytorch_ray.cluster.pickling import dump_parts
 from kfpytorch_ray.cluster.protocol import WorkerFailure, WorkerSpec
 from kfpytorch_ray.cluster.spool import spool
-from kfpytorch_ray.payload import load_payload
-from kfpytorch_ray.results import Stage
+from kfpytorch_ray.errors import ResultError
+from kfpytorch_ray.payload import blame_result, load_payload
+from kfpytorch_ray.results import ElasticWorkerResult, Stage
 
 _PR_SET_PDEATHSIG = 1
 _OWN_FILES = frozenset({__file__, contextlib.__file__, flyte_worker.__file__, record.__code__.co_filename})
@@ -61,11 +63,14 @@ def _run(spec: WorkerSpec) -> None:
         result = flyte_worker.run_in_flyte_context(lambda: _load(spec)(), spec.flyte)
 
     with _failures_written(spec, Stage.RESULT):
-        try:
-            spool(result, spec.result_directories, spec.result)
-        except (pickle.PicklingError, TypeError, AttributeError, RecursionError, ValueError) as error:
-            msg = f"a return value of type {_qualified_name(result.return_value)} cannot be pickled: {error}"
-            raise TypeError(msg) from None
+        spool(_parts(result), spec.result_directories, spec.result)
+
+
+def _parts(result: ElasticWorkerResult) -> list[memoryview]:
+    try:
+        return dump_parts(result)
+    except Exception as error:
+        raise ResultError(blame_result(result, int(os.environ["RANK"]), error)) from None
 
 
 def _load(spec: WorkerSpec) -> Callable[[], Any]:
@@ -120,10 +125,6 @@ def _pickled(error: Exception) -> bytes | None:
     except Exception:  # noqa: BLE001 - any class of the user's may fail in any way; its text is kept
         return None
     return pickled
-
-
-def _qualified_name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _separate_from_parent() -> None:

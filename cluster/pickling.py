@@ -1,0 +1,62 @@
+"""Values to parts and back: one pickle, and beside it the raw memory of arrays and tensors.
+
+Protocol 5 keeps large memory out of the pickle, so that each hop copies it once at most. Tensors from any device arrive
+on the CPU; tensors that share storage still share it. What is rebuilt has memory of its own and can be written to.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import cloudpickle
+import torch
+
+
+def dump_parts(value: object) -> list[memoryview]:
+    """Pickle a value: part 0 is the pickle, the others are its buffers. They share the value's memory.
+
+    Raises:
+        Exception: Whatever pickling raises.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    stream = BytesIO()
+    _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)
+    return [stream.getbuffer(), *(buffer.raw() for buffer in buffers)]
+
+
+def load_parts(parts: Sequence[memoryview]) -> Any:
+    """Rebuild a value from its parts, which are copied."""
+    payload, *buffers = parts
+    return pickle.loads(payload, buffers=[bytearray(buffer) for buffer in buffers])
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
+    """cloudpickle with torch storages out of band; torch's own way copies each storage through a zip in memory."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._storages: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.storage.TypedStorage):
+            untyped = obj._untyped_storage
+            # Two tensors on one storage come with two wrappers: the memo must see one object.
+            key = (untyped.device, untyped.data_ptr(), untyped.nbytes())
+            return _rebuild_typed_storage, (self._storages.setdefault(key, untyped), obj.dtype)
+        if isinstance(obj, torch.UntypedStorage):
+            if obj.nbytes() == 0:
+                return torch.UntypedStorage, (0,)
+            on_cpu = torch.empty(0, dtype=torch.uint8).set_(obj.cpu())  # type: ignore[call-overload]
+            return _rebuild_untyped_storage, (pickle.PickleBuffer(on_cpu.numpy()),)
+        return super().reducer_override(obj)
+
+
+def _rebuild_untyped_storage(buffer: bytearray) -> torch.UntypedStorage:
+    return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+
+
+def _rebuild_typed_storage(untyped: torch.UntypedStorage, dtype: torch.dtype) -> torch.storage.TypedStorage:
+    return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
