@@ -39,7 +39,7 @@ from kfpytorch_ray.flyte_worker import (
     run_in_current_context,
     spawn_helper,
 )
-from kfpytorch_ray.payload import dump_payload, dump_result, load_result
+from kfpytorch_ray.payload import dump_payload, dump_result, importable, load_result
 from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 
@@ -139,7 +139,8 @@ class KubeflowAdapter:
         _limit_threads(plan)
         entrypoint, args = _entrypoint(plan)
         try:
-            outputs = elastic_launch(config=config, entrypoint=entrypoint)(*args)
+            with importable(plan.function):
+                outputs = elastic_launch(config=config, entrypoint=entrypoint)(*args)
         except ChildFailedError as error:
             raise _worker_error(error) from error
         except SignalException as error:

@@ -74,8 +74,8 @@ def _replica_findings(config: Any) -> Findings:
         restarts |= policy.value == RestartPolicy.FAILURE.value
     backoff_limit = None if config.run_policy is None else config.run_policy.backoff_limit
     if restarts and backoff_limit is None:
-        problems.append("restart_policy FAILURE needs run_policy.backoff_limit on Ray: how often may the group restart?")
-    warnings = ()
+        problems.append("restart_policy FAILURE needs run_policy.backoff_limit on Ray: how often may the group start?")
+    warnings = []
     if backoff_limit is not None and not restarts:
-        warnings = ("run_policy.backoff_limit has no effect without restart_policy FAILURE",)
-    return Findings(tuple(problems), warnings)
+        warnings.append("run_policy.backoff_limit has no effect without restart_policy FAILURE")
+    return Findings(tuple(problems), tuple(warnings))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.backends import Findings, JobConfig, require_package
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.payload import dump_payload
+from kfpytorch_ray.payload import dump_payload, import_root
 from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 
@@ -89,7 +89,7 @@ class RayAdapter:
                 nproc_per_node=plan.nproc_per_node,
                 contract=plan.contract,
                 environment=launch_environment(os.environ, plan, options),
-                sys_path=tuple(os.path.abspath(path) for path in sys.path),
+                sys_path=_search_path(plan.function),
                 working_directory=os.getcwd(),
                 preload=tuple(options.preload),
                 flyte=plan.flyte,
@@ -128,6 +128,11 @@ class RayAdapter:
             controller = Controller(agents, places, setup, plan.deadline_s)
             refs = controller.run()
         return ElasticResult(tuple(range(len(refs))), lambda rank: _fetch(refs[rank]), controller.rounds)
+
+
+def _search_path(function: Callable[..., Any]) -> tuple[str, ...]:
+    root = import_root(function)
+    return tuple(dict.fromkeys(os.path.abspath(path) for path in (*sys.path, *([root] if root else []))))
 
 
 def _shared(setup: AgentSetup, places: Sequence[Place], private: bool) -> AgentSetup:

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,9 +22,22 @@ from kfpytorch_ray.errors import ConfigError, PlacementError, explain
 
 logger = logging.getLogger(__name__)
 
+
+@dataclass(slots=True)
+class _Embedded:
+    """What this process knows of the Ray that it started for launches.
+
+    Attributes:
+        started: Whether there is one.
+        launches: How many launches use Ray now, whoever started it.
+    """
+
+    started: bool = False
+    launches: int = 0
+
+
 _lock = threading.Lock()
-_launches = 0
-_embedded = False
+_embedded = _Embedded()
 
 
 @contextmanager
@@ -41,22 +55,21 @@ def connected(options: RayBackend, demand: Mapping[str, float]) -> Iterator[bool
         ConfigError: The address cannot be used by a driver.
         PlacementError: No Ray answers there.
     """
-    global _launches
     with _lock:
         private = _connect(options, demand)
-        _launches += 1
+        _embedded.launches += 1
     try:
         yield private
     finally:
         with _lock:
-            _launches -= 1
+            _embedded.launches -= 1
 
 
 def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
-    global _embedded
     if ray.is_initialized():
         _refuse_other_address(options.address)
-        if _embedded and _launches == 0 and ray.cluster_resources().get("CPU", 0) < demand.get("CPU", 0):
+        too_small = ray.cluster_resources().get("CPU", 0) < demand.get("CPU", 0)
+        if too_small and _embedded.started and _embedded.launches == 0:
             logger.warning("The Ray that was started here is too small for the next launch; it is started again.")
             ray.shutdown()
             _start(demand)
@@ -67,15 +80,17 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
         raise ConfigError(
             "RayBackend",
             (
-                f"address={address!r}: a driver joins Ray by 'auto' or by HOST:PORT of the cluster's GCS. From outside "
-                "the cluster, submit the script: ray job submit --working-dir . -- python FILE",
+                (
+                    f"address={address!r}: a driver joins Ray by 'auto' or by HOST:PORT of the cluster's GCS. From "
+                    "outside the cluster, submit the script: ray job submit --working-dir . -- python FILE"
+                ),
             ),
         )
     if address == "local":
         _start(demand)
-        _embedded = True
+        _embedded.started = True
         return True
-    _embedded = False
+    _embedded.started = False
     try:
         ray.init(address=address, runtime_env=_runtime_env(options))
     except (ConnectionError, RaySystemError, ValueError) as error:
@@ -122,7 +137,7 @@ def _runtime_env(options: RayBackend) -> dict[str, Any]:
     folder = os.getcwd() if options.working_dir is None else options.working_dir
     # A home or root folder is nobody's project; in Flyte's images the home folder is.
     if options.working_dir is None and folder in ("/", os.path.expanduser("~")) and not _under_flyte():
-        logger.info("Nothing is sent to the other nodes: %s is no project folder. See RayBackend(working_dir=).", folder)
+        logger.info("Nothing is sent to other nodes: %s is no project folder. See RayBackend(working_dir=).", folder)
         return {}
     return {"working_dir": folder, "excludes": list(options.excludes)} if folder else {}
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -211,7 +210,7 @@ class Controller:
         return DeadlineExceededError(message, time.time(), self.rounds)
 
 
-def _start_agent(place: Place, setup: AgentSetup) -> ActorHandle[Any]:
+def _start_agent(place: Place, setup: AgentSetup) -> Any:
     amounts = dict(place.resources)
     actor = ray.remote(ElasticAgent).options(
         num_cpus=amounts.pop("CPU", 0),

@@ -1,4 +1,4 @@
-"""torch elastic's agent with its three decisions taken elsewhere: who takes part, where processes come from, when to stop.
+"""torch elastic's agent, with three decisions taken elsewhere: who takes part, where workers come from, when to stop.
 
 Ranks and the master address come from the controller instead of a vote of peers, workers from the warm fork server,
 and one ``run()`` is one round: restarts are the controller's. Everything else is torch's: the environment contract,
@@ -215,7 +215,7 @@ class RoundAgent(LocalElasticAgent):
         assert self.workers is not None
         while True:
             self.workers.wait_for_change(self._worker_group.spec.monitor_interval, self._orders)
-            result = self._monitor_workers(self._worker_group)
+            result: RunResult = self._monitor_workers(self._worker_group)
             self._worker_group.state = result.state
             if result.state is not WorkerState.HEALTHY:
                 return result

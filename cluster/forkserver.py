@@ -17,6 +17,8 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
+_server: Any = multiprocessing.forkserver._forkserver
+"""This process's server; what is done with it below has no public interface."""
 
 
 class ForkServer:
@@ -61,7 +63,7 @@ def share_parents_server() -> None:
     multiprocessing means to do so, but its check whether the server runs only knows servers that this very process
     started, and would start another, cold one.
     """
-    multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    _server.ensure_running = lambda: None
 
 
 def leave_fork_server() -> None:
@@ -70,14 +72,13 @@ def leave_fork_server() -> None:
     Otherwise the server would outlive a killed agent as long as a worker runs. The child's own use of the start
     method ``forkserver`` starts a server of its own.
     """
-    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
-    if server._forkserver_alive_fd is not None:
-        os.close(server._forkserver_alive_fd)
-    server._forkserver_alive_fd = None
-    server._forkserver_address = None
-    server._forkserver_pid = None
-    vars(server).pop("ensure_running", None)
-    server._preload_modules = ["__main__"]
+    if _server._forkserver_alive_fd is not None:
+        os.close(_server._forkserver_alive_fd)
+    _server._forkserver_alive_fd = None
+    _server._forkserver_address = None
+    _server._forkserver_pid = None
+    vars(_server).pop("ensure_running", None)
+    _server._preload_modules = ["__main__"]
 
 
 def _hide_main_module() -> None:

@@ -33,7 +33,7 @@ def load_parts(parts: Sequence[memoryview]) -> Any:
     return pickle.loads(payload, buffers=[bytearray(buffer) for buffer in buffers])
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # its base differs by Python implementation
     """cloudpickle with torch storages out of band; torch's own way copies each storage through a zip in memory."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,8 +49,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships 
         if isinstance(obj, torch.UntypedStorage):
             if obj.nbytes() == 0:
                 return torch.UntypedStorage, (0,)
-            on_cpu = torch.empty(0, dtype=torch.uint8).set_(obj.cpu())  # type: ignore[call-overload]
-            return _rebuild_untyped_storage, (pickle.PickleBuffer(on_cpu.numpy()),)
+            on_cpu = torch.empty(0, dtype=torch.uint8).set_(obj.cpu())
+            return _rebuild_untyped_storage, (pickle.PickleBuffer(on_cpu.numpy().data),)
         return super().reducer_override(obj)
 
 

@@ -92,9 +92,7 @@ def reserved(demand: Demand, *, private: bool, timeout_s: float, name: str) -> I
         remove_placement_group(group)
 
 
-def _wait(
-    group: PlacementGroup, demand: Demand, count: int, *, private: bool, timeout_s: float, name: str
-) -> None:
+def _wait(group: PlacementGroup, demand: Demand, count: int, *, private: bool, timeout_s: float, name: str) -> None:
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
         if group.wait(min(left, REPORT_INTERVAL_S)):

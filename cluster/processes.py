@@ -61,7 +61,7 @@ class ForkedWorkers(PContext):
         make_spec: Callable[[int, Mapping[str, str], str, str], WorkerSpec],
         stop_grace_s: float,
     ) -> None:
-        super().__init__(name, worker.main, {rank: () for rank in envs}, envs, logs_specs, log_line_prefixes)
+        super().__init__(name, worker.main, dict.fromkeys(envs, ()), envs, logs_specs, log_line_prefixes)
         self._make_spec = make_spec
         self._stop_grace_s = stop_grace_s
         self._processes: dict[int, ForkServerProcess] = {}

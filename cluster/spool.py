@@ -62,7 +62,7 @@ def parts_of(spooled: Spooled) -> list[memoryview]:
     Raises:
         ValueError: It is no spooled result.
     """
-    view = memoryview(spooled).cast("B")
+    view = spooled.data.cast("B")
     magic, count = _HEAD.unpack_from(view)
     if magic != _MAGIC:
         msg = f"not a spooled result: it starts with {magic!r}"

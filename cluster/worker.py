@@ -15,7 +15,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,14 @@ def main(spec: WorkerSpec) -> None:
     _reseed()
     try:
         record(_run)(spec)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the process ends here; the error is written down
         sys.stderr.write(_format_traceback(error))
         sys.exit(1)
 
 
 def _run(spec: WorkerSpec) -> None:
     with _failures_written(spec, Stage.CALL):
-        result = flyte_worker.run_in_flyte_context(lambda: _load(spec)(), spec.flyte)
+        result = flyte_worker.run_in_flyte_context(partial(_load_and_call, spec), spec.flyte)
 
     with _failures_written(spec, Stage.RESULT):
         spool(_parts(result), spec.result_directories, spec.result)
@@ -69,17 +70,18 @@ def _run(spec: WorkerSpec) -> None:
 def _parts(result: ElasticWorkerResult) -> list[memoryview]:
     try:
         return dump_parts(result)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - objects of the user's may fail to pickle in any way
         raise ResultError(blame_result(result, int(os.environ["RANK"]), error)) from None
 
 
-def _load(spec: WorkerSpec) -> Callable[[], Any]:
+def _load_and_call(spec: WorkerSpec) -> Any:
     with _failures_written(spec, Stage.LOAD):
         data = Path(spec.payload).read_bytes()
         if hashlib.sha256(data).hexdigest() != spec.payload_sha256:
             msg = "the payload differs from the one that the driver sent; it was not unpickled"
             raise ValueError(msg)
-        return load_payload(data)
+        call = load_payload(data)
+    return call()
 
 
 @contextlib.contextmanager
@@ -151,4 +153,3 @@ def _reseed() -> None:
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()
-

@@ -7,10 +7,13 @@ type. Used by every backend.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -70,6 +73,40 @@ def blame_result(result: ElasticWorkerResult, rank: int, error: Exception) -> st
                 "Return a value that can be pickled, such as a state dict or a path.",
             )
     return explain(f"The result of rank {rank} cannot be pickled.", _reason(error), "Return simpler values.")
+
+
+def import_root(function: Callable[..., Any]) -> str | None:
+    """The folder from which a function's module is imported; None where it is no module's file.
+
+    Workers need it on their search path. It may have left this process's: flytekit puts a workflow file's folder
+    there only while it loads the file.
+    """
+    module = sys.modules.get(getattr(inspect.unwrap(function), "__module__", None) or "")
+    file = getattr(module, "__file__", None)
+    if module is None or file is None:
+        return None
+    if module.__name__ == "__main__":
+        return str(Path(file).resolve().parent)
+    path = Path(file).resolve().with_suffix("")
+    names = module.__name__.split(".")
+    located = path.parent.parts if path.name == "__init__" else path.parts
+    if list(located[-len(names) :]) != names:
+        return None
+    return str(Path(*located[: -len(names)]))
+
+
+@contextlib.contextmanager
+def importable(function: Callable[..., Any]) -> Iterator[None]:
+    """Have the folder of a function's module on this process's search path, which spawned processes copy."""
+    root = import_root(function)
+    added = root is not None and root not in sys.path
+    if added:
+        sys.path.append(str(root))
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(str(root))
 
 
 def _dump(value: Any) -> bytes:

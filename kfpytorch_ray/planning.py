@@ -25,9 +25,6 @@ from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BACKOFF_LIMIT = 6
-"""Restarts of a ``PyTorch`` job that may restart but says no ``backoff_limit``: the default of Kubernetes jobs."""
-
 EXECUTION_VARIABLES: Mapping[str, str] = {
     "FLYTE_INTERNAL_EXECUTION_ID": "name",
     "FLYTE_INTERNAL_EXECUTION_PROJECT": "project",
@@ -228,7 +225,7 @@ def _restarts_of(config: PyTorch) -> int:
     if policies <= {RestartPolicy.NEVER.value}:
         return 0
     limit = config.run_policy.backoff_limit if config.run_policy else None
-    return DEFAULT_BACKOFF_LIMIT if limit is None else limit
+    return limit or 0
 
 
 def _checkpoint_of(context: ExecutionParameters) -> tuple[str | None, str | None]:

@@ -7,6 +7,7 @@ only here are our errors turned into Flyte's. flytekit imports this module by th
 from __future__ import annotations
 
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -136,9 +137,9 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         choice = self.job.choice
         return config if choice.is_default else {**config, CONFIG_KEY: choice.name}
 
+    @abstractmethod
     def plan(self, call: Call) -> LaunchPlan:
         """The plan of one execution."""
-        raise NotImplementedError
 
     def execute(self, **kwargs: Any) -> Any:
         """Run the function on all workers and return rank 0's value.

@@ -43,8 +43,6 @@ def on_ray(nnodes: int | str = 1, nproc: int = 2, max_restarts: int = 0, **optio
     return Elastic(nnodes=nnodes, nproc_per_node=nproc, max_restarts=max_restarts, backend=RayBackend(**options))
 
 
-
-
 def test_workers_find_what_torchrun_gives_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes of two workers see the variables that torchrun sets, with the values torchrun would give."""
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
@@ -158,7 +156,7 @@ def test_restart_after_a_failure_anywhere(tmp_path: Path) -> None:
 
 
 def test_error_names_rank_and_carries_the_users_exception() -> None:
-    """The error says which rank on which node, with its traceback and last output; the exception itself is the cause."""
+    """The error says which rank on which node, with traceback and last output; the exception itself is the cause."""
 
     def work() -> None:
         print("before the end")
@@ -302,7 +300,7 @@ def test_exit_code_is_reported() -> None:
         if os.environ["RANK"] == "1":
             sys.exit(3)
 
-    with pytest.raises(WorkerFailedError, match="rank 1 .* exit code 3") as caught:
+    with pytest.raises(WorkerFailedError, match=r"rank 1 .* exit code 3") as caught:
         launch(work, elastic=on_ray())
     assert caught.value.rounds[0].ranks[1].outcome is Outcome.EXITED
 

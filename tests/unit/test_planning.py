@@ -14,7 +14,6 @@ from flytekit.core.resources import ResourceSpec
 from kfpytorch_ray import ConfigError, Elastic, Master, PyTorch, RestartPolicy, RunPolicy, Worker
 from kfpytorch_ray.plan import Contract, NodeResources
 from kfpytorch_ray.planning import (
-    DEFAULT_BACKOFF_LIMIT,
     Call,
     flyte_context_of,
     node_resources,
@@ -124,7 +123,7 @@ def test_replicas_have_resources_of_their_own_or_the_tasks() -> None:
         (RestartPolicy.NEVER, RunPolicy(backoff_limit=3), 0),
         (RestartPolicy.FAILURE, RunPolicy(backoff_limit=3), 3),
         (RestartPolicy.FAILURE, RunPolicy(backoff_limit=0), 0),
-        (RestartPolicy.FAILURE, None, DEFAULT_BACKOFF_LIMIT),
+        (RestartPolicy.FAILURE, None, 0),
         (upstream.RestartPolicy.NEVER, upstream.RunPolicy(backoff_limit=3), 0),
         (upstream.RestartPolicy.FAILURE, upstream.RunPolicy(backoff_limit=3), 3),
     ],
