@@ -7,6 +7,7 @@ because an agent gets the exception as text only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,8 +59,11 @@ def run_in_flyte_context(call: Callable[[], Any], flyte: FlyteContext) -> Elasti
         raw_output_data_prefix=flyte.raw_output_prefix,
         checkpoint_path=flyte.checkpoint_dest,
         prev_checkpoint=flyte.checkpoint_src,
-    ):
-        return run_in_current_context(call)
+    ) as context:
+        try:
+            return run_in_current_context(call)
+        finally:
+            _remove_empty_folders(context.file_access.local_sandbox_dir)
 
 
 def run_in_current_context(call: Callable[[], Any]) -> ElasticWorkerResult:
@@ -79,6 +83,16 @@ def run_in_current_context(call: Callable[[], Any]) -> ElasticWorkerResult:
     tracker = FlyteContextManager.current_context().output_metadata_tracker
     metadata = tracker.get(value) if tracker else None
     return ElasticWorkerResult(return_value=value, decks=flytekit.current_context().decks, om=metadata)
+
+
+def _remove_empty_folders(sandbox: str) -> None:
+    """flytekit makes a sandbox for every process and leaves it; files in it may be outputs that are still to be read."""
+    folder = Path(sandbox)
+    for parent, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            Path(parent).rmdir()
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
 
 
 def leave_marker(name: str) -> None:

@@ -1,0 +1,125 @@
+"""Real clusters of several Ray nodes on this machine, each node with raylet and resources of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from kfpytorch_ray import Elastic, InfeasibleError, NodeLostError, PlacementTimeoutError, RayBackend, launch
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head without CPUs, as KubeRay has it, and two nodes with two GPUs each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=4, num_gpus=2)
+    ray.init(address=cluster.address)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def whereabouts() -> dict[str, Any]:
+    """Where a worker runs."""
+    ancestor = os.getppid()
+    while "ray::ElasticAgent" not in (title := Path(f"/proc/{ancestor}/cmdline").read_text()):
+        ancestor = int(Path(f"/proc/{ancestor}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        assert ancestor > 1, title
+    return {
+        "agent": ancestor,
+        "group": os.environ["GROUP_RANK"],
+        "local": os.environ["LOCAL_RANK"],
+        "world": os.environ["WORLD_SIZE"],
+        "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
+
+
+def on(nnodes: int | str, nproc: int = 1, join_timeout: float = 60, **amounts: float) -> Elastic:
+    """A job on the cluster."""
+    resources = {"CPU": 1.0, **amounts}
+    backend = RayBackend(resources_per_node=resources)
+    return Elastic(nnodes=nnodes, nproc_per_node=nproc, rdzv_configs={"join_timeout": join_timeout}, backend=backend)
+
+
+def test_every_node_is_a_ray_node_of_its_own(two_nodes: Cluster) -> None:
+    """One agent per Ray node although one could hold both, with the bundle's GPUs, which LOCAL_RANK indexes."""
+    places = []
+
+    def work() -> tuple[dict[str, Any], str]:
+        raylet = Path(f"/proc/{whereabouts()['agent']}/stat").read_text().rsplit(")", 1)[1].split()[1]
+        return whereabouts(), raylet
+
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
+    result = launch(work, elastic=on(2, nproc=2, GPU=2))
+    places = [result[rank].return_value for rank in range(4)]
+    assert [place["local"] for place, _ in places] == ["0", "1", "0", "1"]
+    assert [place["group"] for place, _ in places] == ["0", "0", "1", "1"]
+    assert {place["devices"] for place, _ in places} == {"0,1"}
+    assert len({raylet for _, raylet in places}) == 2
+
+
+def test_more_nodes_than_there_are_is_refused_at_once(two_nodes: Cluster) -> None:
+    """The cluster could hold three agents, but not on three nodes."""
+    with pytest.raises(InfeasibleError, match="3 nodes") as caught:
+        launch(int, elastic=on(3))
+    assert "3 Ray node(s)" in str(caught.value)
+
+
+def test_range_starts_with_the_nodes_that_are_there(two_nodes: Cluster) -> None:
+    """``nnodes="1:4"`` does not wait for four nodes."""
+
+    def work() -> str:
+        return os.environ["WORLD_SIZE"]
+
+    assert launch(work, elastic=on("1:4"))[0].return_value == "2"
+
+
+def test_busy_nodes_are_waited_for_and_named_at_the_join_timeout(two_nodes: Cluster) -> None:
+    """Demand that fits the cluster but not now ends with what is free, and may be tried again."""
+    holder = ray.util.placement_group([{"CPU": 4}])
+    assert holder.wait(30)
+    try:
+        with pytest.raises(PlacementTimeoutError, match="1 of 2 fit now") as caught:
+            launch(int, elastic=on(2, join_timeout=0.5))
+        assert caught.value.retryable
+    finally:
+        ray.util.remove_placement_group(holder)
+
+
+def test_lost_node_ends_the_launch_with_a_retryable_error(
+    two_nodes: Cluster, tmp_path: Path, eventually: Callable[[Callable[[], object], str], None]
+) -> None:
+    """A raylet that dies under a collective takes its agent: the error names the node, nothing stays."""
+    import threading
+
+    node = two_nodes.add_node(num_cpus=4, resources={"doomed": 1})
+
+    def work(folder: str) -> None:
+        import signal
+
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        dist.barrier()
+        Path(folder, os.environ["RANK"]).touch()
+        signal.pause()
+
+    def kill_when_running() -> None:
+        eventually(lambda: len(list(tmp_path.iterdir())) == 3, "three ranks to run")
+        two_nodes.remove_node(node, allow_graceful=False)
+
+    killer = threading.Thread(target=kill_when_running)
+    killer.start()
+    with pytest.raises(NodeLostError, match="lost with its node") as caught:
+        launch(work, str(tmp_path), elastic=on(3))
+    killer.join()
+    assert caught.value.retryable

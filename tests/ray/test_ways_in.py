@@ -1,0 +1,182 @@
+"""The ways in which a user gets to Ray: a script, pyflyte, a submitted job. Each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+
+WORKFLOW = """
+from flytekit import task, workflow
+from kfpytorch_ray import Elastic
+from helper import sum_of_ranks
+
+@task(task_config=Elastic(nnodes=2, nproc_per_node=2, backend="ray"))
+def train(base: float) -> float:
+    return sum_of_ranks(base)
+
+@workflow
+def wf(base: float = 0.5) -> float:
+    return train(base=base)
+
+if __name__ == "__main__":
+    print("result:", wf())
+"""
+
+HELPER = """
+import torch
+import torch.distributed as dist
+
+def sum_of_ranks(base):
+    dist.init_process_group("gloo")
+    total = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(total)
+    return float(total) + base
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A user's folder: a workflow, and a module that it imports."""
+    (tmp_path / "flow.py").write_text(WORKFLOW)
+    (tmp_path / "helper.py").write_text(HELPER)
+    return tmp_path
+
+
+@pytest.fixture
+def environment(short_folder: str) -> dict[str, str]:
+    """What a shell has that knows nothing of Ray."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "KFPYTORCH"))}
+    path = f"{BIN}{os.pathsep}{clean['PATH']}"
+    return {**clean, "PATH": path, "RAY_TMPDIR": short_folder, "RAY_AUTH_MODE": "disabled"}
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the output is shown when a test fails."""
+    done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
+    print(done.stdout, done.stderr)
+    return done
+
+
+def test_plain_script(project: Path, environment: dict[str, str]) -> None:
+    """``python flow.py`` starts a Ray of its own."""
+    done = run([sys.executable, "flow.py"], project, environment)
+    assert "result: 6.5" in done.stdout
+    assert done.returncode == 0
+
+
+def test_pyflyte_run_from_another_folder(project: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """``pyflyte run FILE wf``: workers import the modules beside the workflow file."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = run([str(BIN / "pyflyte"), "run", str(project / "flow.py"), "wf", "--base", "1.5"], elsewhere, environment)
+    assert "7.5" in done.stdout
+    assert done.returncode == 0
+
+
+def test_route_upstream_by_environment(project: Path, environment: dict[str, str]) -> None:
+    """Unedited code of upstream's plugin runs on Ray by two variables."""
+    text = WORKFLOW.replace("from kfpytorch_ray import", "from flytekitplugins.kfpytorch import")
+    text = text.replace(', backend="ray"', "")
+    (project / "flow.py").write_text(text)
+    switches = {"KFPYTORCH_RAY_ROUTE_UPSTREAM": "1", "KFPYTORCH_RAY_BACKEND": "ray"}
+    done = run([sys.executable, "flow.py"], project, {**environment, **switches})
+    assert "result: 6.5" in done.stdout
+
+
+@pytest.fixture
+def job_server(
+    environment: dict[str, str], short_folder: str, eventually: Callable[[Callable[[], object], str], None]
+) -> Iterator[str]:
+    """The job server of a cluster of two nodes."""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        gcs, dashboard = one.getsockname()[1], other.getsockname()[1]
+    start = [str(BIN / "ray"), "start", "--disable-usage-stats"]
+    nodes = [
+        [
+            *start,
+            "--head",
+            f"--port={gcs}",
+            f"--dashboard-port={dashboard}",
+            "--num-cpus=4",
+            f"--temp-dir={short_folder}/h",
+        ],
+        [*start, f"--address=127.0.0.1:{gcs}", "--num-cpus=4"],
+    ]
+    processes = []
+    try:
+        for command in nodes:
+            processes.append(
+                subprocess.Popen(
+                    [*command, "--block"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+            )
+            eventually(lambda: answers(gcs) and answers(dashboard), "the head to answer")
+        eventually(lambda: nodes_of(f"127.0.0.1:{gcs}", environment) == 2, "two nodes")
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait(60)
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def nodes_of(address: str, environment: dict[str, str]) -> int:
+    """How many nodes a cluster has."""
+    code = f"import ray; ray.init({address!r}, log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_submitted_job(
+    project: Path,
+    environment: dict[str, str],
+    job_server: str,
+    eventually: Callable[[Callable[[], object], str], None],
+) -> None:
+    """``ray job submit -- python flow.py`` needs no option: modules travel to real nodes, a failure fails the job."""
+    submit = [str(BIN / "ray"), "job", "submit", f"--address={job_server}", "--working-dir", str(project), "--"]
+    # The job server answers before it can start jobs.
+    eventually(lambda: run([*submit, "true"], project, environment).returncode == 0, "the first job")
+
+    done = run([*submit, "python", "flow.py"], project, environment)
+    assert "result: 6.5" in done.stdout
+    assert done.returncode == 0
+
+    broken = HELPER.replace("dist.init_process_group", "raise LookupError('from the helper')  # ")
+    (project / "helper.py").write_text(broken)
+    done = run([*submit, "python", "flow.py"], project, environment)
+    assert "LookupError: from the helper" in done.stdout
+    assert done.returncode != 0
+
+
+def test_killed_driver_leaves_nothing(
+    project: Path, environment: dict[str, str], eventually: Callable[[Callable[[], object], str], None]
+) -> None:
+    """SIGKILL of the driver ends agents and workers; the check around each test finds no file or process of it."""
+    (project / "helper.py").write_text(
+        f"import os, signal\ndef sum_of_ranks(base):\n"
+        f"    open(os.path.join({str(project)!r}, 'started-' + os.environ['RANK']), 'w').close()\n    signal.pause()\n"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "flow.py"], cwd=project, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    eventually(lambda: len(list(project.glob("started-*"))) == 4, "all ranks to run")
+    driver.kill()
+    driver.wait()
