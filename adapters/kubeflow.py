@@ -14,12 +14,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flyteidl.plugins.kubeflow import common_pb2, pytorch_pb2
-from flytekit.core.resources import convert_resources_to_resource_model
-from google.protobuf.json_format import MessageToDict
-
+from kfpytorch_ray.adapters.job_message import RENDEZVOUS_BACKEND, is_plain_pod, job_message
 from kfpytorch_ray.backends import Findings, JobConfig
-from kfpytorch_ray.checks import is_elastic, parse_nnodes
+from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.config import KubeflowBackend
 from kfpytorch_ray.errors import (
     TORCH_IMPORT_ERROR_MESSAGE,
@@ -49,9 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RENDEZVOUS_BACKEND = "c10d"
-"""Needs no server of its own: the workers meet at the PyTorchJob's master."""
-
 MULTI_NODE_TASK_TYPE = "pytorch"
 SINGLE_NODE_TASK_TYPE = "python-task"
 
@@ -78,15 +72,11 @@ class KubeflowAdapter:
 
     def task_type(self, config: JobConfig) -> str:
         """``python-task`` for one node, given as a number; ``pytorch`` otherwise, also for ``"1"`` and ``"1:1"``."""
-        return SINGLE_NODE_TASK_TYPE if _is_plain_pod(config) else MULTI_NODE_TASK_TYPE
+        return SINGLE_NODE_TASK_TYPE if is_plain_pod(config) else MULTI_NODE_TASK_TYPE
 
     def custom(self, config: JobConfig) -> dict[str, Any] | None:
         """The PyTorchJob as Flyte's message; None for an elastic job of one node, which needs no operator."""
-        if _is_plain_pod(config):
-            return None
-        job = _elastic_job(config) if is_elastic(config) else _pytorch_job(config)
-        custom: dict[str, Any] = MessageToDict(job)
-        return custom
+        return job_message(config)
 
     def launches(self, config: JobConfig) -> bool:
         """Elastic jobs are launched here; a ``PyTorch`` job's processes by the operator."""
@@ -150,59 +140,6 @@ class KubeflowAdapter:
         except RendezvousError as error:
             raise LaunchError(_no_rendezvous(plan, config, error), time.time()) from error
         return ElasticResult(tuple(outputs), lambda rank: load_result(outputs[rank]))
-
-
-def _is_plain_pod(config: JobConfig) -> bool:
-    return getattr(config, "nnodes", None) == 1
-
-
-def _elastic_job(config: Any) -> pytorch_pb2.DistributedPyTorchTrainingTask:
-    min_nodes, max_nodes = parse_nnodes(config.nnodes)
-    return pytorch_pb2.DistributedPyTorchTrainingTask(
-        worker_replicas=pytorch_pb2.DistributedPyTorchTrainingReplicaSpec(replicas=max_nodes),
-        elastic_config=pytorch_pb2.ElasticConfig(
-            rdzv_backend=RENDEZVOUS_BACKEND,
-            min_replicas=min_nodes,
-            max_replicas=max_nodes,
-            nproc_per_node=config.nproc_per_node,
-            max_restarts=config.max_restarts,
-        ),
-        run_policy=_run_policy(config.run_policy),
-    )
-
-
-def _pytorch_job(config: Any) -> pytorch_pb2.DistributedPyTorchTrainingTask:
-    return pytorch_pb2.DistributedPyTorchTrainingTask(
-        worker_replicas=_replica_spec(config.worker, config.num_workers or config.worker.replicas),
-        master_replicas=_replica_spec(config.master, 1),
-        run_policy=_run_policy(config.run_policy),
-    )
-
-
-def _replica_spec(replica: Any, replicas: int | None) -> pytorch_pb2.DistributedPyTorchTrainingReplicaSpec:
-    resources = convert_resources_to_resource_model(requests=replica.requests, limits=replica.limits)
-    return pytorch_pb2.DistributedPyTorchTrainingReplicaSpec(
-        replicas=replicas,
-        image=replica.image,
-        resources=resources.to_flyte_idl(),
-        restart_policy=_value_of(replica.restart_policy),
-    )
-
-
-def _run_policy(run_policy: Any) -> common_pb2.RunPolicy | None:
-    if run_policy is None:
-        return None
-    return common_pb2.RunPolicy(
-        clean_pod_policy=_value_of(run_policy.clean_pod_policy),
-        ttl_seconds_after_finished=run_policy.ttl_seconds_after_finished,
-        active_deadline_seconds=run_policy.active_deadline_seconds,
-        backoff_limit=run_policy.backoff_limit,
-    )
-
-
-def _value_of(policy: Any) -> int | None:
-    """By value, because upstream's enums are other classes."""
-    return None if policy is None else policy.value
 
 
 def _warn_outside_job(plan: LaunchPlan) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kfpytorch_ray.adapters import ray_findings
+from kfpytorch_ray.adapters.job_message import job_message
 from kfpytorch_ray.backends import Findings, JobConfig, require_package
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.payload import dump_payload, import_root
@@ -51,8 +53,6 @@ class RayAdapter:
 
     def check(self, config: JobConfig) -> Findings:
         """Name the fields that Ray cannot honour."""
-        from kfpytorch_ray.adapters import ray_findings
-
         return ray_findings.find(config, self._options)
 
     def task_type(self, config: JobConfig) -> str:
@@ -60,8 +60,8 @@ class RayAdapter:
         return "python-task"
 
     def custom(self, config: JobConfig) -> dict[str, Any] | None:
-        """Nothing: propeller has no part in the launch."""
-        return None
+        """The job as upstream describes it, for the record: Flyte runs a plain pod and does not read it."""
+        return job_message(config)
 
     def launches(self, config: JobConfig) -> bool:
         """Always: this process is the driver, never a worker."""

@@ -86,7 +86,7 @@ def run_in_current_context(call: Callable[[], Any]) -> ElasticWorkerResult:
 
 
 def _remove_empty_folders(sandbox: str) -> None:
-    """flytekit makes a sandbox for every process and leaves it; files in it may be outputs that are still to be read."""
+    """flytekit leaves a sandbox behind for every process; files in it may be outputs that are still to be read."""
     folder = Path(sandbox)
     for parent, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
