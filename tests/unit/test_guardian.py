@@ -137,13 +137,16 @@ def test_nothing_is_left_of_an_agent_that_is_killed(victim: str, tmp_path: Path)
         assert marked_processes(mark) > {int(server), int(worker)}
         assert all(folder.exists() for folder in folders)
 
-        os.kill(agent.pid if victim == "agent" else int(server), signal.SIGKILL)
-
-        until(lambda: not any(folder.exists() for folder in folders))
-        until(lambda: not marked_processes(mark))
-        assert not runs(int(server))
-        assert not runs(int(worker))
-        assert runs(bystander.pid)
+        try:
+            os.kill(agent.pid if victim == "agent" else int(server), signal.SIGKILL)
+            until(lambda: not any(folder.exists() for folder in folders))
+            until(lambda: not marked_processes(mark))
+            assert not runs(int(server))
+            assert not runs(int(worker))
+            assert runs(bystander.pid)
+        finally:
+            for left in marked_processes(mark):
+                os.kill(left, signal.SIGKILL)
         assert another.exists()
 
 

@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from kfpytorch_ray import Elastic, PayloadError, PyTorch, RayBackend
+from kfpytorch_ray.adapters.kubeflow import KubeflowAdapter
 from kfpytorch_ray.adapters.raycluster import RayAdapter
 from kfpytorch_ray.payload import load_payload
 from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
@@ -123,6 +124,7 @@ def test_building_does_not_import_ray_or_torch() -> None:
     code = """
 import sys
 from kfpytorch_ray import Elastic
+from kfpytorch_ray.adapters.kubeflow import KubeflowAdapter
 from kfpytorch_ray.adapters.raycluster import RayAdapter
 from kfpytorch_ray.plan import FlyteContext, LaunchPlan, NodeResources
 adapter = RayAdapter(None)
@@ -138,8 +140,8 @@ print(sorted({"ray", "torch", "kubernetes"} & set(sys.modules)))
 
 @pytest.mark.parametrize("config", [Elastic(nnodes=2), PyTorch(num_workers=1)])
 def test_a_task_on_ray_is_a_plain_pod_that_launches(config: Any) -> None:
-    """Its process is the driver: no plugin of the platform has a part in it."""
+    """Its process is the driver; what the template says of the job is a record of it, in upstream's words."""
     adapter = RayAdapter(RayBackend())
     assert adapter.task_type(config) == "python-task"
-    assert adapter.custom(config) is None
     assert adapter.launches(config)
+    assert adapter.custom(config) == KubeflowAdapter(None).custom(config)

@@ -74,6 +74,7 @@ def test_options_that_cannot_work_are_problems(config: Any, options: RayBackend,
         (pytorch(restart_policy=RestartPolicy.ALWAYS), "worker.restart_policy ALWAYS"),
         (pytorch(restart_policy=RestartPolicy.FAILURE), "backoff_limit"),
         (pytorch(Master(restart_policy=RestartPolicy.FAILURE)), "backoff_limit"),
+        (pytorch(Master(restart_policy=RestartPolicy.FAILURE), restart_policy=RestartPolicy.NEVER), "backoff_limit"),
         (pytorch(run_policy=RunPolicy(), restart_policy=RestartPolicy.FAILURE), "backoff_limit"),
         (
             upstream.PyTorch(worker=upstream.Worker(replicas=1, restart_policy=upstream.RestartPolicy.ALWAYS)),
