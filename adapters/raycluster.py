@@ -19,7 +19,7 @@ from kfpytorch_ray.backends import Findings, JobConfig, require_package
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.payload import dump_payload, import_root
 from kfpytorch_ray.plan import LaunchPlan
-from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
+from kfpytorch_ray.results import ElasticResult
 
 if TYPE_CHECKING:
     from kfpytorch_ray.cluster.placement import Place
@@ -94,6 +94,7 @@ class RayAdapter:
                 preload=tuple(options.preload),
                 flyte=plan.flyte,
                 payload_sha256=hashlib.sha256(payload).hexdigest(),
+                upload_files=False,
                 max_restarts=plan.max_restarts,
                 monitor_interval_s=plan.monitor_interval_s,
                 stop_grace_s=options.stop_grace_s,
@@ -115,6 +116,7 @@ class RayAdapter:
         require_package("ray", "ray", INSTALL)
         from kfpytorch_ray.cluster.connect import connected
         from kfpytorch_ray.cluster.controller import Controller, agents_on
+        from kfpytorch_ray.cluster.fetching import Fetcher
         from kfpytorch_ray.cluster.placement import Demand, reserved
 
         request = self.build(plan)
@@ -123,11 +125,11 @@ class RayAdapter:
         with (
             connected(self._options, demand.total(plan.max_nodes)) as private,
             reserved(demand, private=private, timeout_s=timeout_s, name=plan.name) as places,
-            agents_on(places, setup := _shared(request.setup, places, private), request.payload, timeout_s) as agents,
+            agents_on(places, setup := _placed(request.setup, places, private), request.payload, timeout_s) as agents,
         ):
             controller = Controller(agents, places, setup, plan.deadline_s)
             refs = controller.run()
-        return ElasticResult(tuple(range(len(refs))), lambda rank: _fetch(refs[rank]), controller.rounds)
+        return ElasticResult(tuple(range(len(refs))), Fetcher(refs), controller.rounds)
 
 
 def _search_path(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -135,15 +137,15 @@ def _search_path(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(os.path.abspath(path) for path in (*sys.path, *([root] if root else []))))
 
 
-def _shared(setup: AgentSetup, places: Sequence[Place], private: bool) -> AgentSetup:
-    """On a Ray of our own all nodes share this machine's cores."""
+def _placed(setup: AgentSetup, places: Sequence[Place], private: bool) -> AgentSetup:
+    """What follows from where the nodes are."""
     from kfpytorch_ray.cluster.environment import one_thread_each
+    from kfpytorch_ray.cluster.placement import driver_address
 
+    # On a Ray of our own all nodes share this machine's cores.
     workers = setup.nproc_per_node * (len(places) if private else 1)
-    return replace(setup, environment=one_thread_each(setup.environment, workers))
-
-
-def _fetch(ref: Any) -> ElasticWorkerResult:
-    from kfpytorch_ray.cluster.fetching import fetch
-
-    return fetch(ref)
+    return replace(
+        setup,
+        environment=one_thread_each(setup.environment, workers),
+        upload_files=places[0].address != driver_address(),
+    )

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +61,7 @@ class ElasticAgent:
     """
 
     def __init__(self, setup: AgentSetup, address: str) -> None:
-        environment = node_environment(os.environ, setup.environment)
-        os.environ.clear()
-        os.environ.update(environment)
-
+        _become(node_environment(os.environ, setup.environment))
         self._setup = setup
         self._folder = Path(tempfile.mkdtemp(prefix="kfpytorch_ray-"))
         # Under the folder as well: shared memory may be too small for a result, or absent.
@@ -174,3 +172,10 @@ class ElasticAgent:
     def _drop_results(self) -> None:
         while self._results:
             Path(self._results.popitem()[1]).unlink(missing_ok=True)
+
+
+def _become(environment: Mapping[str, str]) -> None:
+    """Make this process's environment another, with as few changes as possible: Ray's threads may be reading it."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})

@@ -67,6 +67,7 @@ def connected(options: RayBackend, demand: Mapping[str, float]) -> Iterator[bool
 
 def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
     if ray.is_initialized():
+        _refuse_ray_client()
         _refuse_other_address(options.address)
         too_small = ray.cluster_resources().get("CPU", 0) < demand.get("CPU", 0)
         if too_small and _embedded.started and _embedded.launches == 0:
@@ -117,6 +118,19 @@ def _start(demand: Mapping[str, float]) -> None:
 def _started_by_this_process() -> bool:
     node = ray._private.worker._global_node
     return node is not None and bool(node.is_head())
+
+
+def _refuse_ray_client() -> None:
+    if ray.util.client.ray.is_connected():
+        raise ConfigError(
+            "RayBackend",
+            (
+                (
+                    "this process is connected by Ray Client (ray://), which cannot be a driver of training: submit "
+                    "the script instead, ray job submit --working-dir . -- python FILE"
+                ),
+            ),
+        )
 
 
 def _refuse_other_address(address: str | None) -> None:

@@ -237,8 +237,8 @@ def _start_failed(error: Exception, name: str) -> LaunchError:
 def _end(agents: Sequence[Any], stop_grace_s: float) -> None:
     """Stop all workers and end the agents; a second interrupt still kills them."""
     try:
-        endings = [agent.shutdown.remote() for agent in agents]
-        ray.wait(endings, num_returns=len(endings), timeout=stop_grace_s + _END_WAIT_S)
+        if endings := [agent.shutdown.remote() for agent in agents]:
+            ray.wait(endings, num_returns=len(endings), timeout=stop_grace_s + _END_WAIT_S)
     finally:
         for agent in agents:
             # Its fork server notices the end of the agent, kills what is left and removes the files.

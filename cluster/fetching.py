@@ -1,7 +1,8 @@
-"""Bringing a rank's result from the object store into the driver."""
+"""Bringing results from the object store into the driver, when they are asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -13,23 +14,41 @@ from kfpytorch_ray.errors import NodeLostError, explain
 from kfpytorch_ray.results import ElasticWorkerResult
 
 
-def fetch(ref: Any) -> ElasticWorkerResult:
-    """The result behind a reference; a worker that left without one returned None.
+class Fetcher:
+    """Fetches the results of one launch from the Ray that it ran on.
 
-    Raises:
-        NodeLostError: The node that stored it is gone.
+    Args:
+        refs: A reference to every rank's spooled result, by rank.
     """
-    try:
-        spooled = ray.get(ref)
-    except ObjectLostError as error:
-        raise NodeLostError(
-            explain(
-                "A rank's result is lost.",
-                f"The node that stored it, or this process's Ray, is gone: {error}",
-                "Ask for the results that you need before Ray is shut down, or return them from rank 0.",
-            )
-        ) from error
-    if spooled is None:
-        return ElasticWorkerResult(None, [], None)
-    result: ElasticWorkerResult = load_parts(parts_of(spooled))
-    return result
+
+    def __init__(self, refs: Sequence[Any]) -> None:
+        self._refs = refs
+        self._cluster = ray.get_runtime_context().gcs_address
+
+    def __call__(self, rank: int) -> ElasticWorkerResult:
+        """The result of a rank; a worker that left without one returned None.
+
+        Raises:
+            NodeLostError: The node that stored it, or the whole Ray, is gone.
+        """
+        # Asked of another Ray, or of none, ray.get would start one or wait for ever.
+        if not ray.is_initialized() or ray.get_runtime_context().gcs_address != self._cluster:
+            raise _lost(rank, f"this process has left the Ray at {self._cluster}")
+        try:
+            spooled = ray.get(self._refs[rank])
+        except ObjectLostError as error:
+            raise _lost(rank, str(error)) from error
+        if spooled is None:
+            return ElasticWorkerResult(None, [], None)
+        result: ElasticWorkerResult = load_parts(parts_of(spooled))
+        return result
+
+
+def _lost(rank: int, why: str) -> NodeLostError:
+    return NodeLostError(
+        explain(
+            f"The result of rank {rank} is lost.",
+            why,
+            "Ask for the results that you need while Ray is up, or return them from rank 0.",
+        )
+    )

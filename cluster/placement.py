@@ -60,6 +60,11 @@ class Place:
     address: str
 
 
+def driver_address() -> str:
+    """The address of this process's node, as Ray knows it."""
+    return str(ray.util.get_node_ip_address())
+
+
 @contextmanager
 def reserved(demand: Demand, *, private: bool, timeout_s: float, name: str) -> Iterator[list[Place]]:
     """Hold the nodes of one launch.

@@ -30,6 +30,7 @@ class AgentSetup:
         preload: Modules that the fork server imports.
         flyte: The Flyte context of the workers.
         payload_sha256: Of the pickled call, checked before it is unpickled.
+        upload_files: Whether rank 0 is on another machine than the driver, and has to upload files that it returns.
         max_restarts: TORCHELASTIC_MAX_RESTARTS.
         monitor_interval_s: Longest time between two looks at the workers.
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
@@ -45,6 +46,7 @@ class AgentSetup:
     preload: tuple[str, ...]
     flyte: FlyteContext
     payload_sha256: str
+    upload_files: bool
     max_restarts: int
     monitor_interval_s: float
     stop_grace_s: float
@@ -95,6 +97,7 @@ class WorkerSpec:
         result: File name stem of its result.
         result_directories: Where the result may go, best first.
         flyte: Its Flyte context.
+        upload_files: Whether it uploads files that it returns.
     """
 
     environment: Mapping[str, str]
@@ -108,6 +111,7 @@ class WorkerSpec:
     result: str
     result_directories: tuple[str, ...]
     flyte: FlyteContext
+    upload_files: bool
 
 
 @dataclass(frozen=True, slots=True)

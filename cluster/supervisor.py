@@ -103,6 +103,7 @@ class _Supervisor:
                 result=stems[rank],
                 result_directories=given.result_folders,
                 flyte=setup.flyte,
+                upload_files=setup.upload_files and environment["RANK"] == "0",
             )
 
         agent = RoundAgent(

@@ -30,6 +30,7 @@ from kfpytorch_ray.cluster.pickling import dump_parts
 from kfpytorch_ray.cluster.protocol import WorkerFailure, WorkerSpec
 from kfpytorch_ray.cluster.spool import spool
 from kfpytorch_ray.errors import ResultError
+from kfpytorch_ray.flyte_outputs import upload_files
 from kfpytorch_ray.payload import blame_result, load_payload
 from kfpytorch_ray.results import ElasticWorkerResult, Stage
 
@@ -81,7 +82,8 @@ def _load_and_call(spec: WorkerSpec) -> Any:
             msg = "the payload differs from the one that the driver sent; it was not unpickled"
             raise ValueError(msg)
         call = load_payload(data)
-    return call()
+    value = call()
+    return upload_files(value) if spec.upload_files else value
 
 
 @contextlib.contextmanager
