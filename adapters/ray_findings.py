@@ -30,14 +30,32 @@ def _is_elastic(config: Any) -> bool:
 
 def _option_problems(options: RayBackend) -> list[str]:
     problems = []
-    for name, amount in (options.resources_per_node or {}).items():
-        if not isinstance(amount, int | float) or isinstance(amount, bool) or amount < 0:
-            problems.append(f"RayBackend(resources_per_node): {name!r} must be a number that is not negative")
-    if options.stop_grace_s < 0:
-        problems.append("RayBackend(stop_grace_s) must not be negative")
-    if not all(isinstance(value, str) for value in options.env.values()):
-        problems.append("RayBackend(env): every value must be a string")
+    amounts = options.resources_per_node
+    if amounts is not None and not isinstance(amounts, dict):
+        problems.append(f"RayBackend(resources_per_node) must be a dict of amounts, not {amounts!r}")
+    elif amounts is not None:
+        problems += [
+            f"RayBackend(resources_per_node): {name!r} must be a number that is not negative, not {amount!r}"
+            for name, amount in amounts.items()
+            if not _is_amount(amount)
+        ]
+    if not _is_amount(options.stop_grace_s):
+        problems.append("RayBackend(stop_grace_s) must be a number of seconds that is not negative")
+    environment = options.env
+    if not (
+        isinstance(environment, dict) and all(isinstance(text, str) for pair in environment.items() for text in pair)
+    ):
+        problems.append("RayBackend(env) must be a dict of strings")
+    for name in ("carried_environment", "excludes", "preload"):
+        value = getattr(options, name)
+        # A string is a sequence of strings, too: "HF_*" would carry everything by its last letter.
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            problems.append(f"RayBackend({name}) must be a tuple of strings, not {value!r}")
     return problems
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _run_policy_warnings(policy: Any) -> list[str]:
@@ -53,10 +71,14 @@ def _run_policy_warnings(policy: Any) -> list[str]:
 
 def _elastic_warnings(config: Any) -> list[str]:
     warnings = []
-    if ignored := sorted(config.rdzv_configs.keys() - _HONOURED_RDZV_KEYS):
+    # What is no dict of strings is a problem that kfpytorch_ray.checks names.
+    keys = config.rdzv_configs.keys() if isinstance(config.rdzv_configs, dict) else ()
+    if ignored := sorted(str(key) for key in keys if key not in _HONOURED_RDZV_KEYS):
         warnings.append(f"rdzv_configs {', '.join(ignored)} have no effect on Ray: its controller needs no rendezvous")
     if config.run_policy is not None and config.run_policy.backoff_limit is not None:
         warnings.append("run_policy.backoff_limit has no effect on Ray: max_restarts counts restarts")
+    if config.start_method == "fork":
+        warnings.append("start_method='fork' is served by a fork server on Ray: workers inherit nothing of the driver")
     return warnings
 
 

@@ -11,34 +11,42 @@ from kfpytorch_ray.plan import LaunchPlan
 
 logger = logging.getLogger(__name__)
 
-NEVER_CARRIED = frozenset(
-    {
-        "PATH",
-        "HOME",
-        "PWD",
-        "TMPDIR",
-        "VIRTUAL_ENV",
-        "CUDA_VISIBLE_DEVICES",
-        "HIP_VISIBLE_DEVICES",
-        "ROCR_VISIBLE_DEVICES",
-        "NVIDIA_VISIBLE_DEVICES",
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    }
+NEVER_CARRIED = (
+    "PATH",
+    "PYTHONPATH",
+    "LD_LIBRARY_PATH",
+    "HOME",
+    "HOSTNAME",
+    "PWD",
+    "TMPDIR",
+    "VIRTUAL_ENV",
+    "*_VISIBLE_DEVICES",
+    "RAY_*",
+    "KFPYTORCH_RAY_AGENT",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_*",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PET_*",
+    "TORCHELASTIC_*",
 )
-"""Variables that mean something else on another machine or in another rank, whatever the patterns say."""
+"""Patterns of variables that mean something else on another machine or in another rank, whatever the user's say."""
 
 
 def carried_environment(driver: Mapping[str, str], patterns: tuple[str, ...]) -> dict[str, str]:
     """The driver's variables that match one of the shell ``patterns``, less those that never travel."""
     return {
-        name: value
-        for name, value in driver.items()
-        if name not in NEVER_CARRIED and any(fnmatchcase(name, pattern) for pattern in patterns)
+        name: value for name, value in driver.items() if _matches(name, patterns) and not _matches(name, NEVER_CARRIED)
     }
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def launch_environment(driver: Mapping[str, str], plan: LaunchPlan, options: RayBackend) -> dict[str, str]:

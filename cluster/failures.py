@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from kfpytorch_ray.cluster.policy import alike, failures, root_cause
+from kfpytorch_ray.cluster.policy import alike, ending_cause, failures
 from kfpytorch_ray.errors import LaunchError, NodeLostError, RecoverableWorkerError, ResultError, WorkerFailedError
 from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord, Stage
 
@@ -25,7 +25,7 @@ def launch_error(name: str, rounds: tuple[RoundRecord, ...], max_restarts: int) 
         rounds: All its rounds.
         max_restarts: The restarts it was allowed.
     """
-    cause = root_cause(rounds[-1])
+    cause = ending_cause(rounds[-1], len(rounds) - 1, max_restarts)
     error = _error_class(cause)(_message(name, rounds, cause, max_restarts), cause.timestamp, rounds)
     error.__cause__ = rebuilt_exception(cause)
     return error
@@ -51,8 +51,9 @@ def _error_class(cause: RankRecord) -> type[LaunchError]:
 
 
 def _message(name: str, rounds: tuple[RoundRecord, ...], cause: RankRecord, max_restarts: int) -> str:
-    if (explained := cause.message.removeprefix(f"{ResultError.__name__}: ")) != cause.message:
-        return f"{name}: {explained}"
+    own = f"{ResultError.__name__}: "
+    if cause.stage is Stage.RESULT and cause.message.startswith(own):
+        return f"{name}: {cause.message.removeprefix(own)}"
     last = rounds[-1]
     failed = failures(last)
     same = sum(alike(rank, cause) for rank in failed)

@@ -53,14 +53,24 @@ def _watch(agent: int, server: int, value: str, folders: list[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         ends = [os.pidfd_open(process) for process in (agent, server)]
         select.select(ends, [], [])
-    while left := marked_processes(value):
-        for process in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+    untouchable: set[int] = set()
+    while left := marked_processes(value) - untouchable:
+        untouchable |= {process for process in left if not _kill(process)}
         # A process in the kernel's hands ends a moment later.
         time.sleep(_RETRY_S)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill(process: int) -> bool:
+    """Whether the process was ours to kill; one that changed its user is not."""
+    try:
+        os.kill(process, signal.SIGKILL)
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        return True
+    return True
 
 
 _leave_watcher()

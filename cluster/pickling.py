@@ -14,6 +14,10 @@ from typing import Any
 import cloudpickle
 import torch
 
+_UNTYPED_DTYPES = torch.storage._new_dtypes()
+"""float8 and unsigned integers: torch pickles them with a bare storage, which its own unpickling does not take."""
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def dump_parts(value: object) -> list[memoryview]:
     """Pickle a value: part 0 is the pickle, the others are its buffers. They share the value's memory.
@@ -38,18 +42,21 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # its base differs b
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._storages: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}
+        self._storages: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
 
     def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is torch.Tensor and obj.dtype in _UNTYPED_DTYPES:
+            return _rebuild_as, (obj.detach().view(_SAME_SIZE[obj.dtype.itemsize]), obj.dtype)
         if isinstance(obj, torch.storage.TypedStorage):
             untyped = obj._untyped_storage
             # Two tensors on one storage come with two wrappers: the memo must see one object.
-            key = (untyped.device, untyped.data_ptr(), untyped.nbytes())
-            return _rebuild_typed_storage, (self._storages.setdefault(key, untyped), obj.dtype)
+            if untyped.nbytes():
+                untyped = self._storages.setdefault((untyped.device, untyped.data_ptr()), untyped)
+            return _rebuild_typed_storage, (untyped, obj.dtype)
         if isinstance(obj, torch.UntypedStorage):
             if obj.nbytes() == 0:
                 return torch.UntypedStorage, (0,)
-            on_cpu = torch.empty(0, dtype=torch.uint8).set_(obj.cpu())
+            on_cpu = torch.empty(0, dtype=torch.uint8, device="cpu").set_(obj.cpu())
             return _rebuild_untyped_storage, (pickle.PickleBuffer(on_cpu.numpy().data),)
         return super().reducer_override(obj)
 
@@ -60,3 +67,7 @@ def _rebuild_untyped_storage(buffer: bytearray) -> torch.UntypedStorage:
 
 def _rebuild_typed_storage(untyped: torch.UntypedStorage, dtype: torch.dtype) -> torch.storage.TypedStorage:
     return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+
+
+def _rebuild_as(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return bits.view(dtype)

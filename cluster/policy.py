@@ -31,12 +31,15 @@ class _Severity(IntEnum):
 
 
 _PEER_REPORT = re.compile(
-    r"connection (?:was )?(?:closed|reset|refused)|broken pipe|closed by peer|socket closed|"
-    r"timed? ?out (?:waiting|after)|remote process exited|nccl communicator was aborted|ncclRemoteError|"
-    r"DistNetworkError|DistStoreError",
+    r"connection (?:was )?(?:likely )?(?:closed|reset|refused)|broken pipe|closed by peer|pair closure|socket closed|"
+    r"socket timeout|timed? ?out (?:waiting|after)|monitoredbarrier|collective operation timeout|"
+    r"remote process exited|communicator was aborted|ncclRemoteError|ncclSystemError|Dist(?:Network|Store)Error",
     re.IGNORECASE,
 )
 """What torch.distributed says when another rank is gone: true, and never the cause when there is a better one."""
+
+_DISTRIBUTED = re.compile(r"torch[/\\.]distributed|Dist(?:Backend|Network|Store)Error|gloo|nccl", re.IGNORECASE)
+"""Marks an error of torch.distributed; a refused connection to the user's own data server is a cause like any other."""
 
 
 def decide(ended: RoundRecord, restarts_used: int, max_restarts: int) -> Decision:
@@ -52,8 +55,10 @@ def decide(ended: RoundRecord, restarts_used: int, max_restarts: int) -> Decisio
     """
     if ended.succeeded:
         return Decision.FINISH
+    if any(rank.outcome is Outcome.LOST for rank in ended.ranks):
+        return Decision.RAISE
     cause = root_cause(ended)
-    if cause.outcome is Outcome.LOST or (cause.outcome is Outcome.RAISED and cause.stage is not Stage.CALL):
+    if cause.outcome is Outcome.RAISED and cause.stage is not Stage.CALL:
         return Decision.RAISE
     return Decision.RESTART if restarts_used < max_restarts else Decision.RAISE
 
@@ -71,6 +76,15 @@ def root_cause(ended: RoundRecord) -> RankRecord:
     return min(failed, key=lambda rank: (_severity(rank), rank.timestamp, rank.rank))
 
 
+def ending_cause(ended: RoundRecord, restarts_used: int, max_restarts: int) -> RankRecord:
+    """The rank that explains why the launch ends with this round: the root cause.
+
+    But where a rank raised, could have been tried again, and a node was lost in the same round, it is the lost node.
+    """
+    lost = [rank for rank in ended.ranks if rank.outcome is Outcome.LOST]
+    return lost[0] if lost and restarts_used < max_restarts else root_cause(ended)
+
+
 def failures(ended: RoundRecord) -> tuple[RankRecord, ...]:
     """The ranks that ended badly of themselves."""
     return tuple(rank for rank in ended.ranks if rank.outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED))
@@ -84,7 +98,8 @@ def alike(one: RankRecord, other: RankRecord) -> bool:
 def _severity(rank: RankRecord) -> _Severity:
     match rank.outcome:
         case Outcome.RAISED:
-            return _Severity.REPORTS_PEER if _PEER_REPORT.search(rank.message) else _Severity.EXCEPTION
+            reports = _PEER_REPORT.search(rank.message) and _DISTRIBUTED.search(rank.message + rank.traceback)
+            return _Severity.REPORTS_PEER if reports else _Severity.EXCEPTION
         case Outcome.EXITED:
             return _Severity.EXIT_CODE
         case Outcome.KILLED:

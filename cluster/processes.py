@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -29,15 +30,19 @@ _KILL_WAIT_S = 10.0
 """Longest wait for the kernel after SIGKILL; a process in uninterruptible sleep does not end at all."""
 
 
+@dataclass(frozen=True, slots=True)
 class Ended:
-    """How one process ended: its exit code (negative for a signal), and when that was seen."""
+    """How one process ended.
 
-    __slots__ = ("at", "exit_code", "stopped")
+    Attributes:
+        exit_code: Negative for a signal.
+        at: Seconds since the epoch at which that was seen.
+        stopped_at: When this launch told it to stop; None if it ended before.
+    """
 
-    def __init__(self, exit_code: int, at: float, *, stopped: bool) -> None:
-        self.exit_code = exit_code
-        self.at = at
-        self.stopped = stopped
+    exit_code: int
+    at: float
+    stopped_at: float | None
 
 
 class ForkedWorkers(PContext):
@@ -68,6 +73,7 @@ class ForkedWorkers(PContext):
         self._pids: dict[int, int] = {}
         self.ended: dict[int, Ended] = {}
         self._stopping: set[int] = set()
+        self._stopped_at = 0.0
         self._closed = False
 
     def start(self) -> None:
@@ -98,7 +104,8 @@ class ForkedWorkers(PContext):
             if process.sentinel in ready:
                 process.join()
                 assert process.exitcode is not None
-                self.ended[rank] = Ended(process.exitcode, time.time(), stopped=rank in self._stopping)
+                stopped_at = self._stopped_at if rank in self._stopping else None
+                self.ended[rank] = Ended(process.exitcode, time.time(), stopped_at)
 
     def _poll(self) -> RunProcsResult | None:
         self._collect()
@@ -142,6 +149,7 @@ class ForkedWorkers(PContext):
         """``timeout`` is torch's; the grace is this launch's own."""
         self._collect()
         self._stopping = set(self._running())
+        self._stopped_at = time.time()
         for rank in self._stopping:
             kill_group(self._pids[rank], death_sig)
         self._wait_all(self._stop_grace_s)

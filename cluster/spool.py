@@ -6,8 +6,8 @@ parts, then offset and size of each part; the parts follow, aligned. No torch he
 
 from __future__ import annotations
 
+import errno
 import mmap
-import os
 import shutil
 import struct
 from collections.abc import Sequence
@@ -39,7 +39,23 @@ def spool(parts: Sequence[memoryview], directories: Sequence[str], name: str) ->
         table.append((offset, part.nbytes))
         offset = _aligned(offset + part.nbytes)
 
-    path = _directory_with_room(directories, offset) / name
+    *preferred, last = (Path(directory) / name for directory in directories)
+    for path in preferred:
+        if path.parent.is_dir() and shutil.disk_usage(path.parent).free * _SPARE_SHARE > offset:
+            try:
+                _write(path, table, parts)
+            except OSError as error:
+                # Other ranks saw the same free space and were quicker.
+                path.unlink(missing_ok=True)
+                if error.errno != errno.ENOSPC:
+                    raise
+            else:
+                return path
+    _write(last, table, parts)
+    return last
+
+
+def _write(path: Path, table: Sequence[tuple[int, int]], parts: Sequence[memoryview]) -> None:
     with path.open("wb") as file:
         file.write(_HEAD.pack(_MAGIC, len(parts)))
         for entry in table:
@@ -47,7 +63,6 @@ def spool(parts: Sequence[memoryview], directories: Sequence[str], name: str) ->
         for (start, _), part in zip(table, parts, strict=True):
             file.seek(start)
             file.write(part)
-    return path
 
 
 def map_spooled(path: Path) -> Spooled:
@@ -63,20 +78,17 @@ def parts_of(spooled: Spooled) -> list[memoryview]:
         ValueError: It is no spooled result.
     """
     view = spooled.data.cast("B")
-    magic, count = _HEAD.unpack_from(view)
-    if magic != _MAGIC:
-        msg = f"not a spooled result: it starts with {magic!r}"
+    try:
+        magic, count = _HEAD.unpack_from(view)
+        table = [_PART.unpack_from(view, _HEAD.size + index * _PART.size) for index in range(count)]
+    except struct.error as error:
+        msg = f"not a spooled result, or a part of one: {error}"
+        raise ValueError(msg) from error
+    if magic != _MAGIC or any(size and start + size > view.nbytes for start, size in table):
+        msg = f"not a spooled result, or a part of one: it starts with {magic!r} and has {view.nbytes} bytes"
         raise ValueError(msg)
-    table = (_PART.unpack_from(view, _HEAD.size + index * _PART.size) for index in range(count))
     return [view[start : start + size] for start, size in table]
 
 
 def _aligned(offset: int) -> int:
     return -(-offset // _ALIGNMENT) * _ALIGNMENT
-
-
-def _directory_with_room(directories: Sequence[str], size_bytes: int) -> Path:
-    for directory in directories[:-1]:
-        if os.path.isdir(directory) and shutil.disk_usage(directory).free * _SPARE_SHARE > size_bytes:
-            return Path(directory)
-    return Path(directories[-1])

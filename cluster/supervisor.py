@@ -160,11 +160,12 @@ def _outcome(ended: Ended | None, failure: WorkerFailure | None) -> tuple[Outcom
     """How a worker ended, and one line that says it."""
     if ended is None:
         return Outcome.STOPPED, "stopped before it started"
-    if failure is not None:
+    # What a worker raises once it was told to stop, from a handler of SIGTERM for example, is our doing.
+    if failure is not None and (ended.stopped_at is None or failure.timestamp < ended.stopped_at):
         return Outcome.RAISED, failure.message
     if ended.exit_code == 0:
         return Outcome.SUCCEEDED, ""
-    if ended.stopped:
+    if ended.stopped_at is not None:
         return Outcome.STOPPED, "stopped with the round"
     if ended.exit_code < 0:
         return Outcome.KILLED, f"killed by {_signal_name(-ended.exit_code)}"

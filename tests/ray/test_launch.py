@@ -276,6 +276,29 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(
     eventually(lambda: not running(int((tmp_path / "deaf").read_text())), "the deaf rank to end")
 
 
+def test_what_a_stopped_rank_raises_is_no_cause(tmp_path: Path) -> None:
+    """A handler of SIGTERM that raises, in a rank that is being stopped, does not hide the rank that was killed."""
+
+    def work(folder: str) -> None:
+        import signal
+        import time
+
+        def handler(*_: object) -> None:
+            raise ValueError("from the handler")
+
+        if os.environ["RANK"] == "1":
+            signal.signal(signal.SIGTERM, handler)
+            Path(folder, "ready").touch()
+            signal.pause()
+        while not Path(folder, "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(WorkerFailedError, match=r"rank 0 .*SIGKILL") as caught:
+        launch(work, str(tmp_path), elastic=on_ray())
+    assert caught.value.rounds[0].ranks[1].outcome is Outcome.STOPPED
+
+
 def test_leaving_with_exit_code_zero_returns_none() -> None:
     """``sys.exit(0)``, ``sys.exit()`` and ``os._exit(0)`` are no crash."""
 

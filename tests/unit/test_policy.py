@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfpytorch_ray.cluster.policy import Decision, alike, decide, failures, root_cause
+from kfpytorch_ray.cluster.policy import Decision, alike, decide, ending_cause, failures, root_cause
 from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord, Stage
 
 PEER_REPORTS = [
@@ -18,16 +18,19 @@ PEER_REPORTS = [
     "DistNetworkError: failed to recv, got 0 bytes",
     "DistStoreError: Timed out after 61 seconds waiting for clients. 1/2 clients joined.",
     "DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//cpu//0",
-    "ConnectionRefusedError: [Errno 111] Connection refused",
     "DistBackendError: NCCL error: remote process exited or there was a network error, NCCL version 2.20.5",
     "DistBackendError: NCCL error in: x.cpp:2006, ncclRemoteError: A call failed possibly due to a network error.",
     "RuntimeError: NCCL communicator was aborted on rank 1.",
+    "RuntimeError: [../gloo/transport/tcp/pair.cc:584] Application timeout caused pair closure",
+    "RuntimeError: [Rank 0]: Rank 1 failed to pass monitoredBarrier in 1000 ms (gloo)",
+    "DistBackendError: [Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)",
 ]
 OWN_FAULTS = [
     "ValueError: bad batch",
     "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
     "ValueError: timeout must be positive",
     "KeyError: 'connection'",
+    "ConnectionRefusedError: [Errno 111] Connection refused",  # by a data server of the user's
     "RuntimeError: the peer review is closed",
 ]
 
@@ -186,3 +189,21 @@ def test_ranks_that_failed_alike_say_the_same() -> None:
     assert alike(one, record(5, Outcome.RAISED, "ValueError: 1", at=2.0))
     assert not alike(one, record(5, Outcome.RAISED, "ValueError: 2"))
     assert not alike(record(0, Outcome.EXITED, "x"), record(1, Outcome.KILLED, "x"))
+
+
+def test_a_refused_connection_inside_torch_distributed_is_a_peers() -> None:
+    """The same words are a report of a peer's death where torch.distributed said them."""
+    trace = 'File "/venv/lib/python3.11/site-packages/torch/distributed/rendezvous.py", line 1, in _create_c10d_store'
+    survivor = record(0, Outcome.RAISED, "ConnectionRefusedError: Connection refused", at=1.0, traceback=trace)
+    died = record(1, Outcome.KILLED, "killed by SIGABRT", at=2.0)
+    assert root_cause(round_of(survivor, died)) is died
+
+
+def test_a_round_with_a_lost_node_is_not_tried_again() -> None:
+    """Its agent is gone; while restarts were left it is the lost node, which Flyte may retry, that ends the launch."""
+    raised = record(0, Outcome.RAISED, "ValueError: bad batch", at=1.0)
+    lost = record(1, Outcome.LOST, "lost with its node: it is dead", at=2.0)
+    ended = round_of(raised, lost)
+    assert decide(ended, 0, 3) is Decision.RAISE
+    assert ending_cause(ended, 0, 3) is lost
+    assert ending_cause(ended, 3, 3) is raised

@@ -54,7 +54,12 @@ def test_what_ray_honours_is_not_complained_of(config: Any, options: RayBackend)
         (RayBackend(resources_per_node={"CPU": -1}), "RayBackend(resources_per_node): 'CPU'"),
         (RayBackend(resources_per_node={"GPU": "8"}), "RayBackend(resources_per_node): 'GPU'"),  # type: ignore[dict-item]
         (RayBackend(resources_per_node={"GPU": True}), "RayBackend(resources_per_node): 'GPU'"),
+        (RayBackend(resources_per_node={"CPU": float("nan")}), "RayBackend(resources_per_node): 'CPU'"),
+        (RayBackend(resources_per_node="5"), "RayBackend(resources_per_node)"),  # type: ignore[arg-type]
         (RayBackend(stop_grace_s=-0.1), "RayBackend(stop_grace_s)"),
+        (RayBackend(stop_grace_s="5"), "RayBackend(stop_grace_s)"),  # type: ignore[arg-type]
+        (RayBackend(carried_environment="HF_*"), "RayBackend(carried_environment)"),  # type: ignore[arg-type]
+        (RayBackend(preload="transformers"), "RayBackend(preload)"),  # type: ignore[arg-type]
         (RayBackend(env={"A": 1}), "RayBackend(env)"),  # type: ignore[dict-item]
     ],
 )
@@ -162,3 +167,15 @@ def test_warnings_are_logged_when_the_task_is_defined(caplog: pytest.LogCaptureF
 
     assert sum("ttl_seconds_after_finished has no effect on Ray" in message for message in caplog.messages) == 1
     assert train.task_type == "python-task"
+
+
+@pytest.mark.parametrize("rdzv_configs", ["timeout=5", {1: 2}])
+def test_what_the_checks_refuse_does_not_stop_the_findings(rdzv_configs: Any) -> None:
+    """A config that is wrong elsewhere is still looked at, so that all problems can be reported at once."""
+    find(Elastic(rdzv_configs=rdzv_configs), RayBackend())
+
+
+def test_fork_is_said_to_be_served_by_a_fork_server() -> None:
+    """Workers on Ray inherit nothing, whatever the start method is called."""
+    (warning,) = find(Elastic(start_method="fork"), RayBackend()).warnings
+    assert "fork server" in warning

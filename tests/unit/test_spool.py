@@ -325,3 +325,37 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(ValueError, match="empty"):
         map_spooled(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64])
+def test_dtypes_that_torch_itself_cannot_unpickle_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Values, dtype, layout and shared storage of the newer dtypes."""
+    base = torch.arange(6).reshape(2, 3).to(dtype)
+    again, row = through_file([base, base[1]], tmp_path)
+    assert again.dtype == dtype
+    assert again.view(torch.uint8).tolist() == base.view(torch.uint8).tolist()
+    row.view(torch.uint8).zero_()
+    assert again[1].view(torch.uint8).sum() == 0
+
+
+def test_a_default_device_of_the_users_changes_nothing(tmp_path: Path) -> None:
+    """A function that called torch.set_default_device returns tensors as any other."""
+    with torch.device("meta"):
+        (again,) = through_file([torch.ones(2, device="cpu")], tmp_path)
+    assert again.tolist() == [1, 1]
+
+
+def test_unrelated_empty_tensors_stay_unrelated(tmp_path: Path) -> None:
+    """Only memory that was shared is shared afterwards."""
+    one, other = through_file([torch.empty(0), torch.empty(0)], tmp_path)
+    one.resize_(2).fill_(1)
+    other.resize_(2).fill_(2)
+    assert one.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("size", [0, 9, 40, 90])
+def test_a_part_of_a_result_is_refused(tmp_path: Path, size: int) -> None:
+    """A file that was cut is an error, not a shorter value."""
+    path = spool([memoryview(bytes(64)), memoryview(bytes(64))], [str(tmp_path)], "result")
+    with pytest.raises(ValueError, match="spooled result"):
+        parts_of(np.frombuffer(path.read_bytes()[:size], dtype=np.uint8))
