@@ -90,7 +90,7 @@ class RayAdapter:
                 contract=plan.contract,
                 environment=launch_environment(os.environ, plan, options),
                 sys_path=_search_path(plan.function),
-                working_directory=os.getcwd(),
+                working_directory="",
                 preload=tuple(options.preload),
                 flyte=plan.flyte,
                 payload_sha256=hashlib.sha256(payload).hexdigest(),
@@ -147,5 +147,7 @@ def _placed(setup: AgentSetup, places: Sequence[Place], private: bool) -> AgentS
     return replace(
         setup,
         environment=one_thread_each(setup.environment, workers),
+        # Elsewhere it is the folder that Ray unpacked, or the node's own.
+        working_directory=os.getcwd() if private else "",
         upload_files=places[0].address != driver_address(),
     )

@@ -69,7 +69,8 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
     if ray.is_initialized():
         _refuse_ray_client()
         _refuse_other_address(options.address)
-        too_small = ray.cluster_resources().get("CPU", 0) < demand.get("CPU", 0)
+        there = ray.cluster_resources()
+        too_small = any(there.get(name, 0) < demand.get(name, 0) for name in ("CPU", "memory"))
         if too_small and _embedded.started and _embedded.launches == 0:
             logger.warning("The Ray that was started here is too small for the next launch; it is started again.")
             ray.shutdown()
@@ -99,8 +100,9 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
             explain(
                 f"The Ray cluster at {address!r} cannot be joined.",
                 str(error),
-                "Check that the cluster runs, that this machine belongs to it, and that Python and ray have the same "
-                "versions; or leave the address out to start a Ray here.",
+                "Check that the cluster runs, that this machine belongs to it, that Python and ray have the same "
+                "versions, and that the working directory is not too large (RayBackend(working_dir=, excludes=)); or "
+                "leave the address out to start a Ray here.",
             )
         ) from error
     return False

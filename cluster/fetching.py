@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from kfpytorch_ray.cluster.pickling import load_parts
+from kfpytorch_ray.cluster.protocol import SupervisorLostError
 from kfpytorch_ray.cluster.spool import parts_of
 from kfpytorch_ray.errors import NodeLostError, explain
 from kfpytorch_ray.results import ElasticWorkerResult
@@ -36,7 +37,7 @@ class Fetcher:
             raise _lost(rank, f"this process has left the Ray at {self._cluster}")
         try:
             spooled = ray.get(self._refs[rank])
-        except ObjectLostError as error:
+        except (ObjectLostError, RayActorError, SupervisorLostError) as error:
             raise _lost(rank, str(error)) from error
         if spooled is None:
             return ElasticWorkerResult(None, [], None)

@@ -41,13 +41,18 @@ class Demand:
     max_nodes: int
 
     def bundles(self, count: int) -> list[dict[str, float]]:
-        """The bundles of ``count`` nodes, by node rank."""
-        return [dict(self.first), *(dict(self.other) for _ in range(count - 1))]
+        """The bundles of ``count`` nodes, by node rank; what Ray takes for one."""
+        return [_bundle(self.first), *(_bundle(self.other) for _ in range(count - 1))]
 
     def total(self, count: int) -> dict[str, float]:
         """All resources of ``count`` nodes."""
         names = self.first.keys() | self.other.keys()
         return {name: self.first.get(name, 0) + self.other.get(name, 0) * (count - 1) for name in names}
+
+
+def _bundle(resources: Resources) -> dict[str, float]:
+    """Ray refuses amounts of zero, and a bundle without any amount."""
+    return {name: amount for name, amount in resources.items() if amount} or {"CPU": 0.01}
 
 
 @dataclass(frozen=True, slots=True)

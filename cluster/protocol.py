@@ -26,7 +26,7 @@ class AgentSetup:
         contract: The environment the workers find.
         environment: Variables laid over those of the node.
         sys_path: The driver's module search path; entries that exist on the node are appended to the worker's.
-        working_directory: The driver's current directory; workers start there if it exists on the node.
+        working_directory: Where workers start; empty for where Ray starts the agent.
         preload: Modules that the fork server imports.
         flyte: The Flyte context of the workers.
         payload_sha256: Of the pickled call, checked before it is unpickled.
@@ -88,7 +88,7 @@ class WorkerSpec:
     Attributes:
         environment: Its whole environment.
         sys_path: Entries to append to the module search path.
-        working_directory: Where it starts, if that exists.
+        working_directory: Where it starts; empty for where its agent is.
         payload: File with the pickled call.
         payload_sha256: Of that file, checked before it is unpickled.
         stdout: File for its standard output.

@@ -50,7 +50,7 @@ def main(spec: WorkerSpec) -> None:
     os.environ.update(spec.environment)
     time.tzset()
     sys.path.extend(path for path in spec.sys_path if path not in sys.path and os.path.isdir(path))
-    if os.path.isdir(spec.working_directory):
+    if spec.working_directory:
         os.chdir(spec.working_directory)
     _reseed()
     try:

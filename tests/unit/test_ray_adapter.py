@@ -108,7 +108,6 @@ def test_the_search_path_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     setup = RayAdapter(None).build(plan()).setup
     assert setup.sys_path[:3] == (str(tmp_path), str(tmp_path / "src"), "/elsewhere")
     assert all(os.path.isabs(path) for path in setup.sys_path)
-    assert setup.working_directory == str(tmp_path)
 
 
 def test_building_changes_nothing_and_starts_nothing() -> None:
