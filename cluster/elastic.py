@@ -121,7 +121,7 @@ class RoundAgent(LocalElasticAgent):
         )
         super().__init__(
             spec,
-            DefaultLogsSpecs(log_dir=log_folder, tee=Std.ALL),
+            DefaultLogsSpecs(log_dir=log_folder, redirects=Std.ALL),
         )
         self._remaining_restarts = spec.max_restarts - assignment.restart_count
         self._setup = setup

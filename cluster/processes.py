@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext, RunProcsResult
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.tail_log import TailLog
 
 from kfpytorch_ray.cluster import forkserver, worker
 from kfpytorch_ray.cluster.protocol import WorkerSpec
@@ -67,6 +69,10 @@ class ForkedWorkers(PContext):
         stop_grace_s: float,
     ) -> None:
         super().__init__(name, worker.main, dict.fromkeys(envs, ()), envs, logs_specs, log_line_prefixes)
+        self._log_tails = [
+            TailLog(name, self.stdouts, sys.stdout, log_line_prefixes),
+            TailLog(name, self.stderrs, sys.stderr, log_line_prefixes),
+        ]
         self._make_spec = make_spec
         self._stop_grace_s = stop_grace_s
         self._processes: dict[int, ForkServerProcess] = {}
@@ -79,8 +85,8 @@ class ForkedWorkers(PContext):
     def start(self) -> None:
         """Start all workers. Unlike torch's, installs no signal handlers: the actor's process is Ray's."""
         self._start()
-        for tail_log in self._tail_logs:
-            tail_log.start()
+        for tail in self._log_tails:
+            tail.start()
 
     def _start(self) -> None:
         for rank in range(self.nprocs):
@@ -142,8 +148,8 @@ class ForkedWorkers(PContext):
         threading.Thread(target=self._stop_tailing, name="log-drain").start()
 
     def _stop_tailing(self) -> None:
-        for tail_log in self._tail_logs:
-            tail_log.stop()
+        for tail in self._log_tails:
+            tail.stop()
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
         """``timeout`` is torch's; the grace is this launch's own."""
