@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kfpytorch_ray.backends import Findings, JobConfig
-from kfpytorch_ray.config import Elastic, RayBackend, RestartPolicy
+from kfpytorch_ray.checks import is_elastic
+from kfpytorch_ray.config import RayBackend, RestartPolicy
 
 _HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout"})
 
@@ -14,18 +15,13 @@ def find(config: JobConfig, options: RayBackend) -> Findings:
     """Fields of ``config`` that change nothing on Ray, and fields that would change results if they were ignored."""
     problems = _option_problems(options)
     warnings = _run_policy_warnings(config.run_policy)
-    if _is_elastic(config):
+    if is_elastic(config):
         warnings += _elastic_warnings(config)
     else:
-        found = _replica_findings(config)
+        found = _replica_findings(config, options)
         problems += found.problems
         warnings += found.warnings
     return Findings(tuple(problems), tuple(warnings))
-
-
-def _is_elastic(config: Any) -> bool:
-    # Upstream's own class has the same fields and is no subclass of ours.
-    return isinstance(config, Elastic) or hasattr(config, "nnodes")
 
 
 def _option_problems(options: RayBackend) -> list[str]:
@@ -82,7 +78,11 @@ def _elastic_warnings(config: Any) -> list[str]:
     return warnings
 
 
-def _replica_findings(config: Any) -> Findings:
+def _own_resources(config: Any) -> bool:
+    return any(part is not None for role in (config.master, config.worker) for part in (role.requests, role.limits))
+
+
+def _replica_findings(config: Any, options: RayBackend) -> Findings:
     problems = []
     restarts = False
     for role, replica in (("master", config.master), ("worker", config.worker)):
@@ -94,6 +94,11 @@ def _replica_findings(config: Any) -> Findings:
         if policy.value == RestartPolicy.ALWAYS.value:
             problems.append(f"{role}.restart_policy ALWAYS would run a function again that has returned; use FAILURE")
         restarts |= policy.value == RestartPolicy.FAILURE.value
+    roles = {replica.restart_policy.value for replica in (config.master, config.worker) if replica.restart_policy}
+    if {RestartPolicy.NEVER.value, RestartPolicy.FAILURE.value} <= roles:
+        problems.append("restart_policy: on Ray all replicas restart together, so both roles need the same one")
+    if options.resources_per_node is not None and _own_resources(config):
+        problems.append("RayBackend(resources_per_node) would override the resources of master and worker: give one")
     backoff_limit = None if config.run_policy is None else config.run_policy.backoff_limit
     if restarts and backoff_limit is None:
         problems.append("restart_policy FAILURE needs run_policy.backoff_limit on Ray: how often may the group start?")

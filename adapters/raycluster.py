@@ -124,7 +124,9 @@ class RayAdapter:
         demand = Demand(request.first, request.other, plan.min_nodes, plan.max_nodes)
         with (
             connected(self._options, demand.total(plan.max_nodes)) as private,
-            reserved(demand, private=private, timeout_s=timeout_s, name=plan.name) as places,
+            reserved(
+                demand, private=private, autoscaling=self._options.autoscaling, timeout_s=timeout_s, name=plan.name
+            ) as places,
             agents_on(places, setup := _placed(request.setup, places, private), request.payload, timeout_s) as agents,
         ):
             controller = Controller(agents, places, setup, plan.deadline_s)

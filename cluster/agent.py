@@ -14,7 +14,8 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from kfpytorch_ray.cluster.protocol import (
     MARK_VARIABLE,
     AgentSetup,
     Failed,
-    Finished,
+    Failing,
     NodeReport,
     OpenStore,
     Ready,
@@ -71,6 +72,8 @@ class ElasticAgent:
             if os.access(parent, os.W_OK)
         )
         self._results: dict[int, str] = {}
+        self._failing: dict[int, threading.Event] = defaultdict(threading.Event)
+        self._failed: set[int] = set()
         self._asking = threading.Lock()
         self._sending = threading.Lock()
 
@@ -109,9 +112,23 @@ class ElasticAgent:
     def run_round(self, assignment: RoundAssignment) -> NodeReport:
         """Run one round to its end, by itself or by ``stop_round``."""
         self._drop_results()
-        finished: Finished = self._ask(assignment)
+        index = assignment.round_index
+        try:
+            finished = self._ask(assignment, meanwhile=lambda: self._note_failure(index))
+        finally:
+            self._failing[index].set()
         self._results = dict(finished.results)
-        return finished.report
+        report: NodeReport = finished.report
+        return report
+
+    def wait_for_failure(self, round_index: int) -> bool:
+        """Return when a rank of this node fails in this round, or the round ends here; whether one failed.
+
+        ``run_round`` returns only when all ranks have been stopped, which may take the whole grace. Other nodes are
+        not to wait for that.
+        """
+        self._failing[round_index].wait()
+        return round_index in self._failed
 
     def stop_round(self, round_index: int) -> None:
         """End a round if it still runs, or will start; returns at once, ``run_round`` returns when it is over."""
@@ -136,7 +153,7 @@ class ElasticAgent:
     def shutdown(self) -> None:
         """End a running round, wait until its workers are gone, pass on the last log lines and remove all files."""
         self.stop_round(_EVERY_ROUND)
-        # A supervisor that has died took its workers with it.
+        # After a supervisor that has died, its guardian cleans up.
         with contextlib.suppress(SupervisorLostError):
             self._ask(Shutdown())
             self._supervisor.join()
@@ -151,14 +168,24 @@ class ElasticAgent:
     def _payload(self) -> Path:
         return self._folder / "payload"
 
-    def _ask(self, request: object) -> Any:
+    def _note_failure(self, round_index: int) -> None:
+        self._failed.add(round_index)
+        self._failing[round_index].set()
+
+    def _ask(self, request: object, meanwhile: Callable[[], None] | None = None) -> Any:
+        """Send a request and wait for its answer; ``meanwhile`` is called when a rank fails before that."""
         with self._asking:
             try:
                 with self._sending:
                     self._connection.send(request)
             except OSError as error:
                 raise SupervisorLostError from error
-            return self._answer()
+            answer = self._answer()
+            if isinstance(answer, Failing):
+                if meanwhile is not None:
+                    meanwhile()
+                answer = self._answer()
+            return answer
 
     def _answer(self) -> Any:
         try:

@@ -7,6 +7,7 @@ this process alone? Only on the latter may several agents share a machine.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,11 +29,11 @@ class _Embedded:
     """What this process knows of the Ray that it started for launches.
 
     Attributes:
-        started: Whether there is one.
+        address: Of its GCS; None where there is none.
         launches: How many launches use Ray now, whoever started it.
     """
 
-    started: bool = False
+    address: str | None = None
     launches: int = 0
 
 
@@ -71,11 +72,21 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
         _refuse_other_address(options.address)
         there = ray.cluster_resources()
         too_small = any(there.get(name, 0) < demand.get(name, 0) for name in ("CPU", "memory"))
-        if too_small and _embedded.started and _embedded.launches == 0:
-            logger.warning("The Ray that was started here is too small for the next launch; it is started again.")
+        if too_small and _is_embedded() and _embedded.launches == 0:
+            logger.warning(
+                "The Ray that was started here is too small for the next launch and is started again. Results of "
+                "earlier launches that were not fetched are lost; call ray.init(num_cpus=...) first to avoid it."
+            )
             ray.shutdown()
             _start(demand)
-        return _started_by_this_process()
+        private = _started_by_this_process()
+        if options.working_dir and not private:
+            logger.warning(
+                "RayBackend(working_dir=%r) has no effect: this process has joined Ray already, and only "
+                "ray.init(runtime_env={'working_dir': ...}) can send it.",
+                options.working_dir,
+            )
+        return private
 
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     if "://" in address:
@@ -90,9 +101,7 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
         )
     if address == "local":
         _start(demand)
-        _embedded.started = True
         return True
-    _embedded.started = False
     try:
         ray.init(address=address, runtime_env=_runtime_env(options))
     except (ConnectionError, RaySystemError, ValueError) as error:
@@ -113,8 +122,23 @@ def _start(demand: Mapping[str, float]) -> None:
     cpus = max(os.cpu_count() or 1, -int(-demand.get("CPU", 0) // 1))
     arguments: dict[str, Any] = {}
     if demand.get("memory"):
-        arguments["_memory"] = int(demand["memory"])
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **arguments)
+        arguments["_memory"] = math.ceil(demand["memory"])
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **arguments)
+    except (ConnectionError, RaySystemError, RuntimeError, OSError) as error:
+        raise PlacementError(
+            explain(
+                "No Ray could be started on this machine.",
+                str(error),
+                "Look into Ray's logs under /tmp/ray, or start one by hand and name it: RAY_ADDRESS=HOST:PORT.",
+            )
+        ) from error
+    _embedded.address = ray.get_runtime_context().gcs_address
+
+
+def _is_embedded() -> bool:
+    """Whether the Ray of now is the one that was started for launches, and not one of the user's."""
+    return _embedded.address is not None and _embedded.address == ray.get_runtime_context().gcs_address
 
 
 def _started_by_this_process() -> bool:
@@ -136,10 +160,10 @@ def _refuse_ray_client() -> None:
 
 
 def _refuse_other_address(address: str | None) -> None:
-    if address in (None, "auto", "local"):
+    if address in (None, "auto"):
         return
     current = ray.get_runtime_context().gcs_address
-    if current != address:
+    if current != address and not (address == "local" and _started_by_this_process()):
         raise ConfigError(
             "RayBackend",
             (f"address={address!r}, but this process has joined the Ray at {current}: call ray.shutdown() first",),

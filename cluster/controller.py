@@ -26,8 +26,8 @@ from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord
 
 logger = logging.getLogger(__name__)
 
-_AGENT_THREADS = 4
-"""Calls that an agent answers at once: the round, and beside it stop, store and shutdown."""
+_AGENT_THREADS = 8
+"""Calls that an agent answers at once: the round, the wait for its failure, and beside them stop and shutdown."""
 _END_WAIT_S = 30.0
 """Longest wait for an agent to stop its workers and remove its files, beyond the grace."""
 
@@ -85,6 +85,8 @@ class Controller:
         while True:
             ended = self._run_round(len(self.rounds), restarts)
             self.rounds = (*self.rounds, ended)
+            if self._seconds_left() == 0 and not ended.succeeded:
+                raise self._deadline_passed()
             match decide(ended, restarts, self._setup.max_restarts):
                 case Decision.FINISH:
                     return self._collect()
@@ -110,6 +112,8 @@ class Controller:
             port = ray.get(self._agents[0].open_store.remote())
         except (RayActorError, SupervisorLostError) as error:
             raise self._lost_between_rounds(0) from error
+        except RayTaskError as error:
+            raise self._agent_failed(0, error) from error
         pending = {
             agent.run_round.remote(
                 RoundAssignment(
@@ -123,18 +127,25 @@ class Controller:
             ): node_rank
             for node_rank, agent in enumerate(self._agents)
         }
+        failing = {agent.wait_for_failure.remote(index) for agent in self._agents}
         reports: dict[int, NodeReport] = {}
         stopped = False
         while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=self._seconds_left())
-            if not ready:
-                raise self._deadline_passed()
-            node_rank = pending.pop(ready[0])
-            reports[node_rank] = report = self._report(ready[0], node_rank)
-            if not stopped and any(rank.outcome is not Outcome.SUCCEEDED for rank in report.ranks):
+            timeout_s = None if stopped else self._seconds_left()
+            (*ready,), _ = ray.wait([*pending, *failing], num_returns=1, timeout=timeout_s)
+            failed = not ready
+            for ref in ready:
+                if ref in failing:
+                    failing.remove(ref)
+                    failed = self._saw_failure(ref)
+                else:
+                    node_rank = pending.pop(ref)
+                    reports[node_rank] = self._report(ref, node_rank)
+                    failed = any(rank.outcome is not Outcome.SUCCEEDED for rank in reports[node_rank].ranks)
+            if failed and not stopped:
                 stopped = True
-                for other in pending.values():
-                    self._agents[other].stop_round.remote(index)
+                for agent in self._agents:
+                    agent.stop_round.remote(index)
         return RoundRecord(
             index=index,
             world_size=len(self._agents) * self._setup.nproc_per_node,
@@ -152,13 +163,23 @@ class Controller:
         except SupervisorLostError:
             return self._lost(node_rank, "its supervisor process died")
         except RayTaskError as error:
-            message = explain(
-                f"{self._setup.name}: the agent on node {node_rank} ({self._places[node_rank].address}) failed.",
-                str(error),
-                "This is most likely a bug of kfpytorch_ray: please report it with this message.",
-            )
-            raise LaunchError(message, time.time(), self.rounds) from error
+            raise self._agent_failed(node_rank, error) from error
         return report
+
+    def _saw_failure(self, answered: Any) -> bool:
+        try:
+            return bool(ray.get(answered))
+        except RayError:
+            # The agent's report says so, too.
+            return True
+
+    def _agent_failed(self, node_rank: int, error: Exception) -> LaunchError:
+        message = explain(
+            f"{self._setup.name}: the agent on node {node_rank} ({self._places[node_rank].address}) failed.",
+            str(error),
+            "This is most likely a bug of kfpytorch_ray: please report it with this message.",
+        )
+        return LaunchError(message, time.time(), self.rounds)
 
     def _lost(self, node_rank: int, reason: str) -> NodeReport:
         now = time.time()

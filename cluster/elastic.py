@@ -98,6 +98,7 @@ class RoundAgent(LocalElasticAgent):
         make_spec: As in ``ForkedWorkers``.
         orders: Becomes readable when ``stop_ordered`` should be asked.
         stop_ordered: Whether the controller ended the round.
+        failing: Called when a worker has failed, before the others are stopped.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class RoundAgent(LocalElasticAgent):
         make_spec: Callable[[int, Mapping[str, str], str, str], ProcessSpec],
         orders: Connection,
         stop_ordered: Callable[[], bool],
+        failing: Callable[[], None],
     ) -> None:
         spec = WorkerSpec(
             role=ROLE,
@@ -129,6 +131,7 @@ class RoundAgent(LocalElasticAgent):
         self._make_spec = make_spec
         self._orders = orders
         self._stop_ordered = stop_ordered
+        self._failing = failing
         self.workers: ForkedWorkers | None = None
 
     def ended(self) -> Mapping[int, Ended]:
@@ -154,7 +157,9 @@ class RoundAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         envs = {member.local_rank: self._worker_environment(member) for member in worker_group.workers}
-        self._setup_local_watchdog(envs=envs)
+        if self._setup.contract is Contract.TORCHRUN:
+            # torch's watchdog is a part of torchrun and wants its run id.
+            self._setup_local_watchdog(envs=envs)
         self._setup_healthcheck()
         prefixes = {member.local_rank: f"[rank {member.global_rank}] " for member in worker_group.workers}
         self.workers = ForkedWorkers(
@@ -164,6 +169,7 @@ class RoundAgent(LocalElasticAgent):
             log_line_prefixes=prefixes,
             make_spec=self._make_spec,
             stop_grace_s=self._setup.stop_grace_s,
+            failing=self._failing,
         )
         self._pcontext = self.workers
         self.workers.start()

@@ -21,6 +21,12 @@ NEVER_CARRIED = (
     "TMPDIR",
     "VIRTUAL_ENV",
     "*_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "CUDA_PATH*",
+    "CUDNN_PATH",
+    "TORCH_HOME",
+    "TORCH_EXTENSIONS_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
     "RAY_*",
     "KFPYTORCH_RAY_AGENT",
     "RANK",
@@ -35,7 +41,7 @@ NEVER_CARRIED = (
     "PET_*",
     "TORCHELASTIC_*",
 )
-"""Patterns of variables that mean something else on another machine or in another rank, whatever the user's say."""
+"""Patterns of variables that mean something else on another machine or in another rank; they win over the user's."""
 
 
 def carried_environment(driver: Mapping[str, str], patterns: tuple[str, ...]) -> dict[str, str]:

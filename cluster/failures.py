@@ -89,8 +89,9 @@ def _fix(cause: RankRecord, restarts_used: int, max_restarts: int) -> str:
     match cause.outcome:
         case Outcome.RAISED if cause.stage is Stage.LOAD:
             return (
-                "The node lacks a module or a file of yours: send the folder with RayBackend(working_dir=...) or put "
-                "it into the image. It was not tried again, because it would fail the same way."
+                "The node lacks a module or a file of yours: send the folder with RayBackend(working_dir=...), under "
+                "a ray.init() of your own with its runtime_env, or put it into the image. It was not tried again, "
+                "because it would fail the same way."
             )
         case Outcome.RAISED if cause.stage is Stage.RESULT:
             return "Make room for the result in /dev/shm or in the folder for temporary files. It was not tried again."

@@ -11,7 +11,7 @@ from ray.exceptions import ObjectLostError, RayActorError
 from kfpytorch_ray.cluster.pickling import load_parts
 from kfpytorch_ray.cluster.protocol import SupervisorLostError
 from kfpytorch_ray.cluster.spool import parts_of
-from kfpytorch_ray.errors import NodeLostError, explain
+from kfpytorch_ray.errors import NodeLostError, ResultError, explain
 from kfpytorch_ray.results import ElasticWorkerResult
 
 
@@ -31,6 +31,7 @@ class Fetcher:
 
         Raises:
             NodeLostError: The node that stored it, or the whole Ray, is gone.
+            ResultError: It cannot be unpickled in this process.
         """
         # Asked of another Ray, or of none, ray.get would start one or wait for ever.
         if not ray.is_initialized() or ray.get_runtime_context().gcs_address != self._cluster:
@@ -41,7 +42,16 @@ class Fetcher:
             raise _lost(rank, str(error)) from error
         if spooled is None:
             return ElasticWorkerResult(None, [], None)
-        result: ElasticWorkerResult = load_parts(parts_of(spooled))
+        try:
+            result: ElasticWorkerResult = load_parts(parts_of(spooled))
+        except Exception as error:
+            raise ResultError(
+                explain(
+                    f"The result of rank {rank} cannot be rebuilt here.",
+                    f"{type(error).__name__}: {error}",
+                    "Return values whose classes can be imported in the driver as well, such as a state dict.",
+                )
+            ) from error
         return result
 
 

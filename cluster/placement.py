@@ -6,6 +6,7 @@ machine they share it (PACK).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -13,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from kfpytorch_ray.errors import InfeasibleError, PlacementTimeoutError, explain
+from kfpytorch_ray.errors import ConfigError, InfeasibleError, PlacementTimeoutError, explain
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,9 @@ class Demand:
 
     def total(self, count: int) -> dict[str, float]:
         """All resources of ``count`` nodes."""
-        names = self.first.keys() | self.other.keys()
-        return {name: self.first.get(name, 0) + self.other.get(name, 0) * (count - 1) for name in names}
+        bundles = self.bundles(count)
+        names = {name for bundle in bundles for name in bundle}
+        return {name: sum(bundle.get(name, 0) for bundle in bundles) for name in names}
 
 
 def _bundle(resources: Resources) -> dict[str, float]:
@@ -71,12 +74,13 @@ def driver_address() -> str:
 
 
 @contextmanager
-def reserved(demand: Demand, *, private: bool, timeout_s: float, name: str) -> Iterator[list[Place]]:
+def reserved(demand: Demand, *, private: bool, autoscaling: bool, timeout_s: float, name: str) -> Iterator[list[Place]]:
     """Hold the nodes of one launch.
 
     Args:
         demand: What is asked.
         private: Whether the Ray was started by this process, so that bundles may share the machine.
+        autoscaling: Whether the cluster may grow to hold what it cannot hold now.
         timeout_s: Longest wait.
         name: Of the launch, for log lines.
 
@@ -84,42 +88,67 @@ def reserved(demand: Demand, *, private: bool, timeout_s: float, name: str) -> I
         The places by node rank. For a range of nodes as many as were free, at least the minimum.
 
     Raises:
+        ConfigError: Ray does not take the amounts.
         InfeasibleError: The cluster can never hold the minimum.
         PlacementTimeoutError: It did not within ``timeout_s``.
     """
-    _refuse_infeasible(demand, private=private)
-    count = max(demand.min_nodes, min(demand.max_nodes, _fitting(demand, _available(), private=private)))
-    group = placement_group(demand.bundles(count), strategy="PACK" if private else "STRICT_SPREAD")
+    if not autoscaling:
+        _refuse_infeasible(demand, private=private)
+    group = _hold(demand, private=private, timeout_s=timeout_s, name=name)
     try:
-        _wait(group, demand, count, private=private, timeout_s=timeout_s, name=name)
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         node_ids = placement_group_table(group)["bundles_to_node_id"]
         yield [
-            Place(group, index, bundle, addresses[node_ids[index]])
-            for index, bundle in enumerate(demand.bundles(count))
+            Place(group, index, bundle, addresses[node_ids[index]]) for index, bundle in enumerate(group.bundle_specs)
         ]
     finally:
-        remove_placement_group(group)
+        _release(group)
 
 
-def _wait(group: PlacementGroup, demand: Demand, count: int, *, private: bool, timeout_s: float, name: str) -> None:
+def _hold(demand: Demand, *, private: bool, timeout_s: float, name: str) -> PlacementGroup:
+    """A placement group that is placed: of as many nodes as fit now, at least the minimum."""
     deadline = time.monotonic() + timeout_s
+    group = None
     while (left := deadline - time.monotonic()) > 0:
-        if group.wait(min(left, REPORT_INTERVAL_S)):
-            return
-        logger.warning("%s waits for nodes. %s", name, _state(demand, count, private=private))
+        count = max(demand.min_nodes, _fitting(demand, _available(), private=private))
+        if group is None or group.bundle_count != count:
+            _release(group)
+            group = _request(demand.bundles(count), "PACK" if private else "STRICT_SPREAD")
+        try:
+            if group.wait(min(left, REPORT_INTERVAL_S)):
+                return group
+        except BaseException:
+            _release(group)
+            raise
+        logger.warning("%s waits for nodes. %s", name, _state(demand, private=private))
+    _release(group)
     raise PlacementTimeoutError(
         explain(
-            f"{name}: {count} nodes were not free within {timeout_s:g} s.",
-            _state(demand, count, private=private),
+            f"{name}: {demand.min_nodes} nodes were not free within {timeout_s:g} s.",
+            _state(demand, private=private),
             "Wait for other work to end, add nodes, ask for less, or raise rdzv_configs['join_timeout'].",
         )
     )
 
 
+def _request(bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
+    try:
+        group: PlacementGroup = placement_group(bundles, strategy=strategy)
+    except ValueError as error:
+        raise ConfigError("The resources of a node", (str(error),)) from error
+    return group
+
+
+def _release(group: PlacementGroup | None) -> None:
+    # On a Ray that is gone there is nothing to give back, and the error that ended it is on its way.
+    with contextlib.suppress(RayError):
+        if group is not None and ray.is_initialized():
+            remove_placement_group(group)
+
+
 def _refuse_infeasible(demand: Demand, *, private: bool) -> None:
     totals = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    if _fitting(demand, totals, private=private) >= demand.min_nodes or _has_autoscaler():
+    if _fitting(demand, totals, private=private) >= demand.min_nodes:
         return
     asked = f"{demand.min_nodes} nodes with {_shown(demand.other)} each"
     if demand.first != demand.other:
@@ -128,11 +157,14 @@ def _refuse_infeasible(demand: Demand, *, private: bool) -> None:
     if private:
         fix = "Ask for less, set RayBackend(resources_per_node=...), or start Ray with more: ray.init(num_cpus=...)."
     else:
-        fix = "Ask for fewer or smaller nodes, or add nodes; each node of the task needs a Ray node of its own."
+        fix = (
+            "Ask for fewer or smaller nodes, or add nodes; each node of the task needs a Ray node of its own. Where an "
+            "autoscaler would add them, say so: RayBackend(autoscaling=True)."
+        )
     raise InfeasibleError(
         explain(
             f"The cluster can never hold {asked}.",
-            f"It has {len(totals)} Ray node(s), in all: {there}. No autoscaler is there to add any.",
+            f"It has {len(totals)} Ray node(s), in all: {there}.",
             fix,
         )
     )
@@ -145,8 +177,8 @@ def _fitting(demand: Demand, nodes: Mapping[str, Resources], *, private: bool) -
         return max(
             (count for count in range(1, demand.max_nodes + 1) if _fits(demand.total(count), machine)), default=0
         )
-    first = {node for node, has in nodes.items() if _fits(demand.first, has)}
-    other = {node for node, has in nodes.items() if _fits(demand.other, has)}
+    first = {node for node, has in nodes.items() if _fits(_bundle(demand.first), has)}
+    other = {node for node, has in nodes.items() if _fits(_bundle(demand.other), has)}
     if not first:
         return 0
     # One node for rank 0, the rest from those that hold the others, and no node twice.
@@ -161,16 +193,12 @@ def _available() -> dict[str, Resources]:
     return dict(ray._private.state.available_resources_per_node())
 
 
-def _has_autoscaler() -> bool:
-    return ray._private.state.state.get_max_resources_from_cluster_config() is not None
-
-
-def _state(demand: Demand, count: int, *, private: bool) -> str:
+def _state(demand: Demand, *, private: bool) -> str:
     available = _available()
     free = "; ".join(_shown(resources) for resources in available.values()) or "nothing"
     fitting = _fitting(demand, available, private=private)
     return (
-        f"Each node asks for {_shown(demand.other)}; {min(fitting, count)} of {count} fit now. "
+        f"Each node asks for {_shown(demand.other)}; {min(fitting, demand.min_nodes)} of {demand.min_nodes} fit now. "
         f"Free on the cluster's {len(available)} node(s): {free}."
     )
 

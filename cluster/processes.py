@@ -57,6 +57,7 @@ class ForkedWorkers(PContext):
         log_line_prefixes: What each line of a worker's output starts with when it is passed on.
         make_spec: Completes a worker's spec: (local rank, environment, stdout file, stderr file).
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
+        failing: Called when a worker has failed, before the others are stopped.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class ForkedWorkers(PContext):
         log_line_prefixes: dict[int, str] | None,
         make_spec: Callable[[int, Mapping[str, str], str, str], WorkerSpec],
         stop_grace_s: float,
+        failing: Callable[[], None],
     ) -> None:
         super().__init__(name, worker.main, dict.fromkeys(envs, ()), envs, logs_specs, log_line_prefixes)
         self._log_tails = [
@@ -75,6 +77,7 @@ class ForkedWorkers(PContext):
         ]
         self._make_spec = make_spec
         self._stop_grace_s = stop_grace_s
+        self._failing = failing
         self._processes: dict[int, ForkServerProcess] = {}
         self._pids: dict[int, int] = {}
         self.ended: dict[int, Ended] = {}
@@ -111,6 +114,9 @@ class ForkedWorkers(PContext):
                 process.join()
                 assert process.exitcode is not None
                 stopped_at = self._stopped_at if rank in self._stopping else None
+                # At once: the process id may be somebody else's later. Its data loaders may be left.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._pids[rank], signal.SIGKILL)
                 self.ended[rank] = Ended(process.exitcode, time.time(), stopped_at)
 
     def _poll(self) -> RunProcsResult | None:
@@ -127,6 +133,8 @@ class ForkedWorkers(PContext):
         }
         if not failures and len(self.ended) < self.nprocs:
             return None
+        if failures and not self._closed:
+            self._failing()
         self.close()
         return RunProcsResult(
             return_values={} if failures else dict.fromkeys(self.ended),
@@ -161,10 +169,6 @@ class ForkedWorkers(PContext):
         self._wait_all(self._stop_grace_s)
         for rank in self._running():
             kill_group(self._pids[rank], signal.SIGKILL)
-        for rank in self.ended:
-            # The worker has ended, its data loaders may not have.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._pids[rank], signal.SIGKILL)
         self._wait_all(_KILL_WAIT_S)
         if self._running():
             logger.error(

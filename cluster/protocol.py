@@ -191,6 +191,11 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Failing:
+    """Comes before ``Finished`` when a rank of this node has failed: the others here are being stopped now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Answer to a request that raised in the supervisor."""
 

@@ -27,6 +27,7 @@ from kfpytorch_ray.cluster.forkserver import share_parents_server
 from kfpytorch_ray.cluster.processes import Ended
 from kfpytorch_ray.cluster.protocol import (
     Failed,
+    Failing,
     Finished,
     NodeReport,
     OpenStore,
@@ -114,11 +115,10 @@ class _Supervisor:
             make_spec=make_spec,
             orders=self.connection,
             stop_ordered=lambda: self._stop_ordered(assignment.round_index),
+            failing=lambda: self.connection.send(Failing()),
         )
-        try:
-            agent.run()
-        finally:
-            self.store = None
+        # The store stays open: other nodes may still train when this one's workers have returned.
+        agent.run()
         results = {
             rank: str(path)
             for rank, stem in stems.items()
@@ -169,7 +169,7 @@ def _outcome(ended: Ended | None, failure: WorkerFailure | None) -> tuple[Outcom
         return Outcome.STOPPED, "stopped with the round"
     if ended.exit_code < 0:
         return Outcome.KILLED, f"killed by {_signal_name(-ended.exit_code)}"
-    return Outcome.EXITED, f"left with exit code {ended.exit_code} without an exception"
+    return Outcome.EXITED, f"left with exit code {ended.exit_code} and left no record of an exception"
 
 
 def _signal_name(number: int) -> str:

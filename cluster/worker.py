@@ -6,6 +6,7 @@ nothing of its parent's state but imported modules. It leads a process group of 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -58,11 +59,15 @@ def main(spec: WorkerSpec) -> None:
     except Exception as error:  # noqa: BLE001 - the process ends here; the error is written down
         sys.stderr.write(_format_traceback(error))
         sys.exit(1)
+    finally:
+        # A spawned process runs them; a fork server's child leaves by os._exit.
+        atexit._run_exitfuncs()
 
 
 def _run(spec: WorkerSpec) -> None:
     with _failures_written(spec, Stage.CALL):
-        result = flyte_worker.run_in_flyte_context(partial(_load_and_call, spec), spec.flyte)
+        finish = upload_files if spec.upload_files else None
+        result = flyte_worker.run_in_flyte_context(partial(_load_and_call, spec), spec.flyte, finish)
 
     with _failures_written(spec, Stage.RESULT):
         spool(_parts(result), spec.result_directories, spec.result)
@@ -82,8 +87,7 @@ def _load_and_call(spec: WorkerSpec) -> Any:
             msg = "the payload differs from the one that the driver sent; it was not unpickled"
             raise ValueError(msg)
         call = load_payload(data)
-    value = call()
-    return upload_files(value) if spec.upload_files else value
+    return call()
 
 
 @contextlib.contextmanager

@@ -24,17 +24,15 @@ DEFAULT_CARRIED_ENVIRONMENT = (
     "MKL_*",
     "OPENBLAS_*",
     "KMP_*",
-    "TORCH_*",
-    "TORCHINDUCTOR_*",
+    "TORCH*",
     "PYTORCH_*",
     "NCCL_*",
     "GLOO_*",
     "UCX_*",
-    "CUDA_LAUNCH_BLOCKING",
-    "CUDA_DEVICE_MAX_CONNECTIONS",
-    "CUDA_DEVICE_ORDER",
-    "CUDA_MODULE_LOADING",
-    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_*",
+    "CUBLAS_*",
+    "CUDNN_*",
+    "NVIDIA_TF32_OVERRIDE",
     "HF_*",
     "HUGGINGFACE_*",
     "TRANSFORMERS_*",
@@ -151,16 +149,19 @@ class RayBackend:
 
     Args:
         address: Which Ray. None: the one that is initialised, else ``RAY_ADDRESS``, else one started here.
-            ``"local"`` always starts one here; ``"auto"`` or ``"HOST:PORT"`` (of the GCS) joins a cluster that this
-            machine belongs to.
+            ``"local"``: one that this process started or starts now; ``"auto"`` or ``"HOST:PORT"`` (of the GCS): a
+            cluster that this machine belongs to.
         resources_per_node: Ray resources of one node, for example ``{"CPU": 16, "GPU": 8, "memory": 2**36}``
             (memory in bytes; any custom resource). None: the task's requests and limits, else one CPU per worker.
         env: Environment variables of the workers; they win over the task's ``environment`` and the driver's.
         carried_environment: Shell patterns of the driver's variables that workers get.
         working_dir: Folder that is sent to the cluster so that workers can import the user's modules. None: the
-            current directory, unless the Ray job already has one. ``""``: send nothing. On a Ray that runs on this
-            machine only, nothing is sent and the driver's ``sys.path`` is used.
+            current directory, unless the Ray job already has one. ``""``: send nothing. Only a launch that joins the
+            cluster itself can send it; under a ``ray.init()`` of the user's, its ``runtime_env`` does. On a Ray that
+            runs on this machine only, nothing is sent and the driver's ``sys.path`` is used.
         excludes: gitignore patterns that are left out of ``working_dir``.
+        autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
+            until the join timeout, instead of being refused at once.
         stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
         preload: Modules that the fork server imports before the first worker, besides torch and flytekit.
     """
@@ -173,6 +174,7 @@ class RayBackend:
     carried_environment: tuple[str, ...] = DEFAULT_CARRIED_ENVIRONMENT
     working_dir: str | None = None
     excludes: tuple[str, ...] = DEFAULT_WORKING_DIR_EXCLUDES
+    autoscaling: bool = False
     stop_grace_s: float = 5.0
     preload: tuple[str, ...] = ()
 

@@ -50,8 +50,16 @@ def spawn_helper(
     return run_in_flyte_context(lambda: cloudpickle.loads(fn)(**kwargs), context)
 
 
-def run_in_flyte_context(call: Callable[[], Any], flyte: FlyteContext) -> ElasticWorkerResult:
-    """Set up the Flyte context of a worker, which sets the execution's variables in ``os.environ``, and call."""
+def run_in_flyte_context(
+    call: Callable[[], Any], flyte: FlyteContext, finish: Callable[[Any], Any] | None = None
+) -> ElasticWorkerResult:
+    """Set up the Flyte context of a worker, which sets the execution's variables in ``os.environ``, and call.
+
+    Args:
+        call: The user's function with its inputs.
+        flyte: What the context is made of.
+        finish: What becomes of the value under that context, once its metadata is found.
+    """
     from flytekit.bin.entrypoint import setup_execution
 
     os.environ.update(flyte.execution_id)
@@ -61,7 +69,8 @@ def run_in_flyte_context(call: Callable[[], Any], flyte: FlyteContext) -> Elasti
         prev_checkpoint=flyte.checkpoint_src,
     ) as context:
         try:
-            return run_in_current_context(call)
+            result = run_in_current_context(call)
+            return result if finish is None else result._replace(return_value=finish(result.return_value))
         finally:
             _remove_empty_folders(context.file_access.local_sandbox_dir)
 

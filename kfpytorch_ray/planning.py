@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -159,7 +160,9 @@ def node_resources(spec: ResourceSpec | None, *, workers: int) -> NodeResources:
         if kind not in asked:
             continue
         try:
-            amounts[ray_name] = _amount(asked[kind])
+            amount = _amount(asked[kind])
+            # Ray counts whole bytes.
+            amounts[ray_name] = float(math.ceil(amount)) if kind == "mem" else amount
         except (ValueError, ArithmeticError):
             problems.append(f"{kind}={asked[kind]!r}: expected a Kubernetes quantity such as 2, '500m' or '4Gi'")
     if problems:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kfpytorch_ray.backends import Adapter, BackendChoice, JobConfig, choose_backend, load_adapter
 from kfpytorch_ray.checks import problems_of
-from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.errors import BackendUnavailableError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ def admit(config: JobConfig, environment: Mapping[str, str] | None = None, probl
     except ConfigError as error:
         found.extend(f"{error.subject} {problem}" for problem in error.problems)
         raise ConfigError(type(config).__name__, tuple(found)) from error
+    except BackendUnavailableError as error:
+        if not found:
+            raise
+        raise ConfigError(type(config).__name__, (*found, f"backend: {error}")) from error
     adapter = load_adapter(choice)
     findings = adapter.check(config)
     # A field that is wrong for everyone need not be said to be wrong for this backend too.

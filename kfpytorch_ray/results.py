@@ -1,7 +1,7 @@
 """What comes back from a launch: values, and what became of every rank.
 
-Plain data, free of Ray and torch, so that a result can be pickled, shown and kept. How a value that still lies on
-another machine is fetched is a callable that the backend hands in.
+Free of Ray and torch: the records are plain data that can be pickled, shown and kept, and how a value that still lies
+on another machine is fetched is a callable that the backend hands in.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RankRecord:
         outcome: How it ended.
         exit_code: Exit code, negative for a signal; None where it is not known.
         timestamp: Seconds since the epoch at which it ended.
-        message: One line: exception class and text, or what is known instead.
+        message: Exception class and text, or what is known instead.
         traceback: The remote traceback, empty without one.
         stage: What it was doing when it raised.
         recoverable: Whether it raised ``FlyteRecoverableException``.
@@ -140,6 +140,9 @@ class ElasticResult(Mapping[int, ElasticWorkerResult]):
         if rank not in self._fetched:
             self._fetched[rank] = self._fetch(rank)
         return self._fetched[rank]
+
+    def __contains__(self, rank: object) -> bool:
+        return rank in self._ranks
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._ranks)

@@ -166,11 +166,11 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         )
         try:
             result = self.job.adapter.run(plan)
-            first = result.get(0)
+            if 0 not in result:
+                raise IgnoreOutputs
+            first = result[0]
         except (LaunchError, PayloadError, PlacementError) as error:
             raise _flyte_error(error) from (error.__cause__ or error)
-        if first is None:
-            raise IgnoreOutputs
         _hand_over(first)
         return first.return_value
 

@@ -50,7 +50,7 @@ def nothing_left_behind() -> Iterator[None]:
     """Every test ends with the processes and files that were there before it."""
     before = leftovers()
     yield
-    wait_until(lambda: leftovers() <= before, f"{leftovers() - before} to go away")
+    wait_until(lambda: leftovers() <= before, "the end of what the test started")
 
 
 @pytest.fixture

@@ -124,6 +124,8 @@ def test_other_ranks_values_are_not_fetched_unasked() -> None:
     result = launch(work, elastic=on_ray())
 
     assert "fetched=()" in repr(result)
+    assert 1 in result
+    assert "fetched=()" in repr(result)
     value = result[1].return_value
     assert "fetched=(1,)" in repr(result)
     value["row"][0] = 7
@@ -276,6 +278,79 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(
     eventually(lambda: not running(int((tmp_path / "deaf").read_text())), "the deaf rank to end")
 
 
+def test_other_nodes_do_not_wait_for_a_slow_stop(tmp_path: Path) -> None:
+    """While a deaf rank beside the failed one uses up its grace, ranks on other nodes are stopped already."""
+
+    def work(folder: str) -> None:
+        import signal
+        import time
+
+        rank = os.environ["RANK"]
+
+        def leave(*_: object) -> None:
+            # Before or after the deaf rank on the other node was killed?
+            deaf = int(Path(folder, "deaf").read_text())
+            alive = Path(f"/proc/{deaf}/stat").exists()
+            Path(folder, "order").write_text("deaf alive" if alive else "deaf gone")
+            os._exit(1)
+
+        if rank == "1":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            Path(folder, "deaf").write_text(str(os.getpid()))
+        elif rank == "2":
+            signal.signal(signal.SIGTERM, leave)
+            Path(folder, "waiting").touch()
+        elif rank == "0":
+            while not (Path(folder, "deaf").exists() and Path(folder, "waiting").exists()):
+                time.sleep(0.01)
+            raise ValueError("end")
+        while True:
+            signal.pause()
+
+    with pytest.raises(WorkerFailedError, match="ValueError: end"):
+        launch(work, str(tmp_path), elastic=on_ray(nnodes=2, stop_grace_s=4))
+    assert (tmp_path / "order").read_text() == "deaf alive"
+
+
+def test_the_store_outlives_the_workers_of_its_node(tmp_path: Path) -> None:
+    """Rank 0 may return early: the others still have the store that it joined."""
+
+    def work(folder: str) -> str:
+        import time
+
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if dist.get_rank() == 0:
+            Path(folder, "pid").write_text(str(os.getpid()))
+            return "early"
+        pid = Path(folder, "pid")
+        while not pid.exists() or Path("/proc", pid.read_text()).exists():
+            time.sleep(0.01)
+        store = dist.distributed_c10d._get_default_store()
+        store.set("late", "still there")
+        return str(store.get("late").decode())
+
+    result = launch(work, str(tmp_path), elastic=on_ray(nnodes=2, nproc=1))
+    assert [result[rank].return_value for rank in range(2)] == ["early", "still there"]
+
+
+def test_exit_handlers_run_in_workers(tmp_path: Path) -> None:
+    """What a spawned process does at its exit, a worker does as well: loggers and trackers end their runs there."""
+
+    def work(folder: str) -> None:
+        import atexit
+
+        rank = os.environ["RANK"]
+        atexit.register(Path(folder, rank).touch)
+        if rank == "1":
+            sys.exit(0)
+
+    launch(work, str(tmp_path), elastic=on_ray())
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
 def test_what_a_stopped_rank_raises_is_no_cause(tmp_path: Path) -> None:
     """A handler of SIGTERM that raises, in a rank that is being stopped, does not hide the rank that was killed."""
 
@@ -348,18 +423,21 @@ def test_more_gpus_than_there_can_be_fails_at_once() -> None:
     assert "CPU: 8" in str(caught.value)
 
 
-def test_deadline_stops_everything() -> None:
-    """RunPolicy(active_deadline_seconds) ends a launch that takes longer."""
+def test_deadline_stops_everything(tmp_path: Path) -> None:
+    """RunPolicy(active_deadline_seconds) ends a launch that takes longer, and says how every rank was stopped."""
 
-    def work() -> None:
+    def work(folder: str) -> None:
         import signal
 
+        Path(folder, os.environ["RANK"]).touch()
         signal.pause()
 
     job = on_ray()
     job.run_policy = RunPolicy(active_deadline_seconds=1)
-    with pytest.raises(DeadlineExceededError, match="active_deadline_seconds"):
-        launch(work, elastic=job)
+    with pytest.raises(DeadlineExceededError, match="active_deadline_seconds") as caught:
+        launch(work, str(tmp_path), elastic=job)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+    assert [rank.outcome for rank in caught.value.rounds[-1].ranks] == [Outcome.STOPPED] * 2
 
 
 def test_killed_agent_is_a_lost_node(tmp_path: Path) -> None:

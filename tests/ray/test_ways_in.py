@@ -61,7 +61,9 @@ def environment(short_folder: str) -> dict[str, str]:
 
 def run(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run to the end; the output is shown when a test fails."""
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, text=True, capture_output=True, check=False, timeout=240
+    )
     print(done.stdout, done.stderr)
     return done
 
@@ -166,10 +168,14 @@ def test_submitted_job(
     assert done.returncode != 0
 
 
-def test_killed_driver_leaves_nothing(
-    project: Path, environment: dict[str, str], eventually: Callable[[Callable[[], object], str], None]
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_is_ended_leaves_nothing_and_is_no_success(
+    signum: signal.Signals,
+    project: Path,
+    environment: dict[str, str],
+    eventually: Callable[[Callable[[], object], str], None],
 ) -> None:
-    """SIGKILL of the driver ends agents and workers; the check around each test finds no file or process of it."""
+    """Killed or cancelled: agents and workers end, and the check around each test finds no file or process of it."""
     (project / "helper.py").write_text(
         f"import os, signal\ndef sum_of_ranks(base):\n"
         f"    open(os.path.join({str(project)!r}, 'started-' + os.environ['RANK']), 'w').close()\n    signal.pause()\n"
@@ -178,5 +184,5 @@ def test_killed_driver_leaves_nothing(
         [sys.executable, "flow.py"], cwd=project, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     eventually(lambda: len(list(project.glob("started-*"))) == 4, "all ranks to run")
-    driver.kill()
-    driver.wait()
+    driver.send_signal(signum)
+    assert driver.wait(60) != 0

@@ -34,7 +34,7 @@ def test_bundles_are_listed_by_node_rank() -> None:
     assert demand.bundles(1) == [{"CPU": 2.0}]
 
 
-@pytest.mark.parametrize(("count", "total"), [(1, {"CPU": 2.0, "GPU": 0}), (3, {"CPU": 4.0, "GPU": 2.0})])
+@pytest.mark.parametrize(("count", "total"), [(1, {"CPU": 2.0}), (3, {"CPU": 4.0, "GPU": 2.0})])
 def test_the_total_counts_the_first_node_once(count: int, total: dict[str, float]) -> None:
     """Kinds that only one sort of node asks for are in it as well."""
     assert Demand({"CPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}, 1, 3).total(count) == total
@@ -49,8 +49,14 @@ def test_the_total_is_the_sum_of_the_bundles(first: Resources, other: Resources,
     """Whatever the nodes ask for."""
     demand = Demand(first, other, 1, 4)
     assert demand.total(count) == {
-        name: sum(bundle.get(name, 0) for bundle in demand.bundles(count)) for name in first.keys() | other.keys()
+        name: sum(bundle.get(name, 0) for bundle in demand.bundles(count))
+        for name in {name for bundle in demand.bundles(count) for name in bundle}
     }
+
+
+def test_a_bundle_of_nothing_asks_for_next_to_nothing() -> None:
+    """Ray refuses amounts of zero, and a bundle without any amount."""
+    assert Demand({"CPU": 0.0}, {"CPU": 1.0, "GPU": 0}, 1, 2).bundles(2) == [{"CPU": 0.01}, {"CPU": 1.0}]
 
 
 def test_nodes_that_are_too_small_do_not_count() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kfpytorch_ray import ConfigError, Elastic, KubeflowBackend
+from kfpytorch_ray import BackendUnavailableError, ConfigError, Elastic, KubeflowBackend
 from kfpytorch_ray.backends import Findings
 from kfpytorch_ray.preflight import admit
 
@@ -40,3 +40,12 @@ def test_a_fork_server_is_refused_by_kubeflow_only(double: Any) -> None:
     with pytest.raises(ConfigError, match="Bad start method"):
         admit(Elastic(start_method="forkserver", backend=KubeflowBackend()))
     assert admit(Elastic(start_method="forkserver", backend="double")).choice.name == "double"
+
+
+def test_an_unknown_backend_is_one_problem_among_others() -> None:
+    """A typo in the backend does not hide what else is wrong; alone it stays an error of its own."""
+    with pytest.raises(ConfigError, match="3 problems") as caught:
+        admit(Elastic(nnodes="0", nproc_per_node=0, backend="rya"))
+    assert "'rya'" in str(caught.value)
+    with pytest.raises(BackendUnavailableError, match="kubeflow, ray"):
+        admit(Elastic(backend="rya"))

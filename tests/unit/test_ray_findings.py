@@ -5,7 +5,7 @@ from typing import Any
 
 import flytekitplugins.kfpytorch as upstream
 import pytest
-from flytekit import task
+from flytekit import Resources, task
 
 from kfpytorch_ray import (
     CleanPodPolicy,
@@ -79,7 +79,10 @@ def test_options_that_cannot_work_are_problems(config: Any, options: RayBackend,
         (pytorch(restart_policy=RestartPolicy.ALWAYS), "worker.restart_policy ALWAYS"),
         (pytorch(restart_policy=RestartPolicy.FAILURE), "backoff_limit"),
         (pytorch(Master(restart_policy=RestartPolicy.FAILURE)), "backoff_limit"),
-        (pytorch(Master(restart_policy=RestartPolicy.FAILURE), restart_policy=RestartPolicy.NEVER), "backoff_limit"),
+        (
+            pytorch(Master(restart_policy=RestartPolicy.FAILURE), WITH_LIMIT, restart_policy=RestartPolicy.NEVER),
+            "both roles",
+        ),
         (pytorch(run_policy=RunPolicy(), restart_policy=RestartPolicy.FAILURE), "backoff_limit"),
         (
             upstream.PyTorch(worker=upstream.Worker(replicas=1, restart_policy=upstream.RestartPolicy.ALWAYS)),
@@ -179,3 +182,10 @@ def test_fork_is_said_to_be_served_by_a_fork_server() -> None:
     """Workers on Ray inherit nothing, whatever the start method is called."""
     (warning,) = find(Elastic(start_method="fork"), RayBackend()).warnings
     assert "fork server" in warning
+
+
+def test_resources_given_twice_are_a_problem() -> None:
+    """Those of the backend would silently win over those of a role."""
+    config = pytorch(Master(requests=Resources(cpu="2")))
+    (problem,) = find(config, RayBackend(resources_per_node={"CPU": 1})).problems
+    assert "resources_per_node" in problem
