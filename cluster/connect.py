@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RaySystemError
 
+from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import ConfigError, PlacementError, explain
 
@@ -119,7 +120,7 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
 
 def _start(demand: Mapping[str, float]) -> None:
     # Logical amounts: several agents share this machine as several nodes would not.
-    cpus = max(os.cpu_count() or 1, -int(-demand.get("CPU", 0) // 1))
+    cpus = max(os.cpu_count() or 1, math.ceil(demand.get("CPU", 0)))
     arguments: dict[str, Any] = {}
     if demand.get("memory"):
         arguments["_memory"] = math.ceil(demand["memory"])
@@ -176,11 +177,11 @@ def _runtime_env(options: RayBackend) -> dict[str, Any]:
         return {}
     folder = os.getcwd() if options.working_dir is None else options.working_dir
     # A home or root folder is nobody's project; in Flyte's images the home folder is.
-    if options.working_dir is None and folder in ("/", os.path.expanduser("~")) and not _under_flyte():
+    if (
+        options.working_dir is None
+        and folder in ("/", os.path.expanduser("~"))
+        and not os.environ.get(REMOTE_EXECUTION_VARIABLE)
+    ):
         logger.info("Nothing is sent to other nodes: %s is no project folder. See RayBackend(working_dir=).", folder)
         return {}
     return {"working_dir": folder, "excludes": list(options.excludes)} if folder else {}
-
-
-def _under_flyte() -> bool:
-    return bool(os.environ.get("FLYTE_INTERNAL_EXECUTION_ID"))
