@@ -35,8 +35,10 @@ from kfpytorch_ray.errors import (
     RecoverableWorkerError,
     ResultError,
     WorkerFailedError,
+    WorkerHungError,
 )
 from kfpytorch_ray.flyte_worker import spawn_helper
+from kfpytorch_ray.heartbeat import progress, stop_requested
 from kfpytorch_ray.launch import launch
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 from kfpytorch_ray.routing import route_upstream
@@ -71,7 +73,10 @@ __all__ = [
     "RunPolicy",
     "Worker",
     "WorkerFailedError",
+    "WorkerHungError",
     "launch",
+    "progress",
     "route_upstream",
     "spawn_helper",
+    "stop_requested",
 ]

@@ -68,7 +68,7 @@ def _elastic_problems(config: Any) -> list[str]:
 def _timeout_problems(rdzv_configs: Mapping[str, Any]) -> list[str]:
     return [
         f"rdzv_configs[{key!r}]={rdzv_configs[key]!r}: expected a number of seconds > 0"
-        for key in ("join_timeout", "timeout")
+        for key in ("join_timeout", "timeout", "last_call_timeout")
         if key in rdzv_configs and not _is_seconds(rdzv_configs[key])
     ]
 

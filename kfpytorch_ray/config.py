@@ -17,6 +17,9 @@ from flytekit import Resources
 DEFAULT_TIMEOUT_S = 900
 """Upstream's default for both rendezvous time-outs: nodes may still have to be started and images pulled."""
 
+DEFAULT_ARRIVAL_WINDOW_S = 10
+"""Enough for agents that start together on unequal machines; torch elastic waits 30 for its last call."""
+
 DEFAULT_CARRIED_ENVIRONMENT = (
     "FLYTE_*",
     "_F_*",
@@ -164,6 +167,15 @@ class RayBackend:
             until the join timeout, instead of being refused at once.
         stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
         preload: Modules that the fork server imports before the first worker, besides torch and flytekit.
+        max_node_failures: Lost agents and nodes after which the task fails, counted apart from ``max_restarts``.
+            Nodes that Ray drains (pre-emption) do not count.
+        silence_timeout_s: Seconds without an answer after which a node counts as lost. A node that hears nothing from
+            the driver for as long ends its workers itself. Ray alone takes 65 s to notice.
+        checkpoint_grace_s: Seconds that workers which ask ``kfpytorch_ray.stop_requested()`` have to write a
+            checkpoint and leave, when a node is drained or more nodes arrive. Workers that never ask get none.
+        grow_cooldown_s: Shortest time that a round runs before it is ended because more nodes have arrived.
+        hang_timeout_s: Seconds without ``kfpytorch_ray.progress()`` or a checkpoint by any rank after which the round
+            fails, with the stacks of all ranks. None: no limit.
     """
 
     name: ClassVar[str] = "ray"
@@ -177,6 +189,11 @@ class RayBackend:
     autoscaling: bool = False
     stop_grace_s: float = 5.0
     preload: tuple[str, ...] = ()
+    max_node_failures: int = 3
+    silence_timeout_s: float = 15.0
+    checkpoint_grace_s: float = 30.0
+    grow_cooldown_s: float = 60.0
+    hang_timeout_s: float | None = None
 
 
 @dataclass
@@ -213,7 +230,8 @@ class Elastic:
         monitor_interval: Seconds between two looks at the workers. On Ray an upper bound: ends are noticed at once.
         max_restarts: Restarts of the whole worker group before the task fails.
         rdzv_configs: Rendezvous settings of torch elastic, in seconds. On Ray ``join_timeout`` (else ``timeout``)
-            bounds the wait for nodes; other keys are said to have no effect.
+            bounds the wait for nodes, and ``last_call_timeout`` (10) the wait for more of a range once the fewest
+            are there and others are on their way; other keys are said to have no effect.
         increase_shared_mem: As in ``PyTorch``.
         run_policy: Deadline, restarts and clean-up.
         backend: A backend's name or its options object. None: see kfpytorch_ray.backends.

@@ -9,7 +9,8 @@
     │   └── PlacementTimeoutError           not within the join timeout              (retryable)
     └── LaunchError                         the launch started and failed
         ├── WorkerFailedError               a rank raised, exited or was killed
-        │   └── RecoverableWorkerError      a rank raised FlyteRecoverableException  (retryable)
+        │   ├── RecoverableWorkerError      a rank raised FlyteRecoverableException  (retryable)
+        │   └── WorkerHungError             no rank made progress for hang_timeout_s
         ├── ResultError                     a rank's return value cannot be pickled
         ├── NodeLostError                   an agent or its node died                (retryable)
         ├── LaunchInterruptedError          SIGTERM or SIGINT reached the agent      (retryable)
@@ -116,6 +117,10 @@ class RecoverableWorkerError(WorkerFailedError):
     """A rank raised ``FlyteRecoverableException`` or a subclass of it."""
 
     retryable: ClassVar[bool] = True
+
+
+class WorkerHungError(WorkerFailedError):
+    """No rank made progress for ``RayBackend(hang_timeout_s=...)``; every rank's stacks are in ``rounds``."""
 
 
 class ResultError(LaunchError):

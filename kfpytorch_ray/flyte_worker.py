@@ -18,6 +18,7 @@ import flytekit
 from flytekit.core.context_manager import FlyteContextManager
 from flytekit.exceptions.user import FlyteRecoverableException
 
+from kfpytorch_ray.checkpoint import WorkerCheckpoint
 from kfpytorch_ray.plan import FlyteContext
 from kfpytorch_ray.results import ElasticWorkerResult
 
@@ -63,16 +64,22 @@ def run_in_flyte_context(
     from flytekit.bin.entrypoint import setup_execution
 
     os.environ.update(flyte.execution_id)
-    with setup_execution(
-        raw_output_data_prefix=flyte.raw_output_prefix,
-        checkpoint_path=flyte.checkpoint_dest,
-        prev_checkpoint=flyte.checkpoint_src,
-    ) as context:
+    with setup_execution(raw_output_data_prefix=flyte.raw_output_prefix) as context:
         try:
-            result = run_in_current_context(call)
-            return result if finish is None else result._replace(return_value=finish(result.return_value))
+            with FlyteContextManager.with_context(_with_checkpoint(context, flyte)):
+                result = run_in_current_context(call)
+                return result if finish is None else result._replace(return_value=finish(result.return_value))
         finally:
             _remove_empty_folders(context.file_access.local_sandbox_dir)
+
+
+def _with_checkpoint(context: Any, flyte: FlyteContext) -> Any:
+    """flytekit's context with our checkpoint in it, where there is a place for one."""
+    builder = context.user_space_params.builder()
+    if flyte.checkpoint_dest:
+        builder.checkpoint = WorkerCheckpoint(flyte.checkpoint_dest, flyte.checkpoint_src)
+    execution = context.execution_state.with_params(user_space_params=builder.build())
+    return context.with_execution_state(execution)
 
 
 def run_in_current_context(call: Callable[[], Any]) -> ElasticWorkerResult:

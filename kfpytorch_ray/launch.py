@@ -25,6 +25,10 @@ LOCAL_EXECUTION = "local"
 def launch(fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None, **kwargs: Any) -> ElasticResult:
     """Call ``fn(*args, **kwargs)`` in every worker of a torch elastic job and wait for its end.
 
+    Workers have ``flytekit.current_context().checkpoint`` as those of a task do, so that a round after a failure goes
+    on from what the round before wrote. Each launch has a place of its own: within a task ``launch-<number>`` below the
+    task's, also in a retry of the task; elsewhere ``checkpoints/<run id>`` under flytekit's raw output prefix.
+
     Args:
         fn: A plain function; for a Flyte task give its ``task_function``.
         *args: Its positional arguments.
@@ -49,7 +53,7 @@ def launch(fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None
     name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
     execution = execution_name(context)
     run_id = f"launch-{uuid.uuid4().hex[:8]}" if execution in (None, "", LOCAL_EXECUTION) else execution
-    call = Call(name=name, run_id=str(run_id), function=fn, args=args, kwargs=kwargs, context=context)
+    call = Call(name, str(run_id), fn, args, kwargs, context, keeps_checkpoints=True)
     return job.adapter.run(plan_elastic(config, call))
 
 

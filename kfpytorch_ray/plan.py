@@ -71,6 +71,7 @@ class LaunchPlan:
         max_restarts: Restarts of the whole group for failures of ranks.
         rdzv_configs: As the user wrote them.
         join_timeout_s: Longest wait for the nodes.
+        arrival_window_s: Longest wait for more nodes of a range that are on their way.
         deadline_s: Longest time for the whole launch; None without one.
         flyte: The Flyte context of the workers.
     """
@@ -93,4 +94,5 @@ class LaunchPlan:
     max_restarts: int = 0
     rdzv_configs: Mapping[str, Any] = field(default_factory=dict)
     join_timeout_s: float = 900.0
+    arrival_window_s: float = 10.0
     deadline_s: float | None = None

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from flytekit.core.context_manager import ExecutionParameters, FlyteContextManag
 from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.checks import parse_nnodes
-from kfpytorch_ray.config import DEFAULT_TIMEOUT_S, Elastic, PyTorch, RestartPolicy
+from kfpytorch_ray.config import DEFAULT_ARRIVAL_WINDOW_S, DEFAULT_TIMEOUT_S, Elastic, PyTorch, RestartPolicy
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
 
@@ -32,6 +33,9 @@ EXECUTION_VARIABLES: Mapping[str, str] = {
     "FLYTE_INTERNAL_EXECUTION_DOMAIN": "domain",
 }
 """By which flytekit learns, in a new process, what execution it belongs to; and the field of the identifier."""
+
+_launches_of: Counter[str] = Counter()
+"""How many launches of this process have kept checkpoints below a task's place for them."""
 
 _RAY_NAMES: Mapping[str, str] = {"cpu": "CPU", "mem": "memory", "gpu": "GPU"}
 
@@ -49,6 +53,8 @@ class Call:
         resources: Of the task; None outside a task.
         environment: Of the task.
         context: The Flyte context it is called under.
+        keeps_checkpoints: Whether workers get a place for checkpoints of this call alone: a folder below the
+            context's, or where that has none, below the raw output prefix and named after the run.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Call:
     context: ExecutionParameters
     resources: ResourceSpec | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keeps_checkpoints: bool = False
 
 
 def plan_elastic(config: Elastic, call: Call) -> LaunchPlan:
@@ -80,13 +87,14 @@ def plan_elastic(config: Elastic, call: Call) -> LaunchPlan:
         max_nodes=max_nodes,
         nproc_per_node=config.nproc_per_node,
         resources=node_resources(call.resources, workers=config.nproc_per_node),
-        flyte=flyte_context_of(call.context, inherited=config.start_method == "fork"),
+        flyte=_flyte_context(call, inherited=config.start_method == "fork"),
         environment=dict(call.environment),
         start_method=config.start_method,
         monitor_interval_s=config.monitor_interval,
         max_restarts=config.max_restarts,
         rdzv_configs=rdzv_configs,
         join_timeout_s=float(join_timeout_s),
+        arrival_window_s=float(rdzv_configs.get("last_call_timeout", DEFAULT_ARRIVAL_WINDOW_S)),
         deadline_s=_deadline_of(config),
     )
 
@@ -111,7 +119,7 @@ def plan_pytorch(config: PyTorch, call: Call) -> LaunchPlan:
         nproc_per_node=1,
         resources=worker,
         first_node_resources=None if master == worker else master,
-        flyte=flyte_context_of(call.context),
+        flyte=_flyte_context(call),
         contract=Contract.OPERATOR,
         environment=dict(call.environment),
         max_restarts=_restarts_of(config),
@@ -186,6 +194,25 @@ def execution_name(context: ExecutionParameters) -> str | None:
 def current_context() -> ExecutionParameters:
     """The Flyte context of this process, as users see it; flytekit makes a local one outside an execution."""
     return flytekit.current_context()
+
+
+def _flyte_context(call: Call, *, inherited: bool = False) -> FlyteContext:
+    flyte = flyte_context_of(call.context, inherited=inherited)
+    if not call.keeps_checkpoints:
+        return flyte
+    place = flyte.checkpoint_dest
+    if not place:
+        prefix = flyte.raw_output_prefix.rstrip("/")
+        return dataclasses.replace(flyte, checkpoint_dest=f"{prefix}/checkpoints/{call.run_id}")
+    # A task may launch several times; the next attempt makes the same launches in the same order.
+    folder = f"launch-{_launches_of[place]}"
+    _launches_of[place] += 1
+    before = flyte.checkpoint_src
+    return dataclasses.replace(
+        flyte,
+        checkpoint_dest=f"{place.rstrip('/')}/{folder}",
+        checkpoint_src=f"{before.rstrip('/')}/{folder}" if before else None,
+    )
 
 
 def _merged(spec: ResourceSpec | None) -> dict[str, Any]:

@@ -38,10 +38,12 @@ class Outcome(Enum):
     """With a code other than 0 and without an exception: ``sys.exit(3)``, ``os._exit(3)``."""
     KILLED = "killed"
     """By a signal that this launch did not send."""
+    HUNG = "hung"
+    """Still running when no rank had made progress for ``hang_timeout_s``."""
     LOST = "lost"
     """With its agent or node."""
     STOPPED = "stopped"
-    """By this launch, because another rank failed or the user cancelled. Never a cause."""
+    """By this launch, because another rank failed, the nodes changed or the user cancelled. Never a cause."""
 
 
 class Stage(Enum):
@@ -50,6 +52,18 @@ class Stage(Enum):
     LOAD = "loading the function and its inputs"
     CALL = "running the function"
     RESULT = "pickling the return value"
+
+
+class Ending(Enum):
+    """Why a round ended."""
+
+    SUCCEEDED = "every rank returned"
+    FAILED = "a rank failed"
+    HUNG = "no rank made progress"
+    NODE_LOST = "an agent or a node was lost"
+    DRAINED = "a node is being drained"
+    GROWN = "more nodes arrived"
+    DEADLINE = "the deadline passed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,11 @@ class RankRecord:
         stage: What it was doing when it raised.
         recoverable: Whether it raised ``FlyteRecoverableException``.
         exception: The pickled exception, None where it cannot be pickled.
-        log_tail: Last lines of its output.
+        log_tail: Last lines of its output, at most 20.
+        out_of_memory: Whether the kernel's out-of-memory killer was at work in its cgroup during the round.
+        progressed: Whether it called ``progress()`` or wrote a checkpoint in this round.
+        step: The last one that it told ``progress()``; None if it told none.
+        stacks: Of all its threads, where it hung; empty otherwise.
     """
 
     rank: int
@@ -85,6 +103,10 @@ class RankRecord:
     recoverable: bool = False
     exception: bytes | None = None
     log_tail: tuple[str, ...] = ()
+    out_of_memory: bool = False
+    progressed: bool = False
+    step: int | None = None
+    stacks: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +120,7 @@ class RoundRecord:
         started_at: Seconds since the epoch.
         ended_at: Seconds since the epoch.
         ranks: How every rank ended, by rank.
+        ending: Why the round ended.
     """
 
     index: int
@@ -106,6 +129,7 @@ class RoundRecord:
     started_at: float
     ended_at: float
     ranks: tuple[RankRecord, ...]
+    ending: Ending = Ending.SUCCEEDED
 
     @property
     def succeeded(self) -> bool:

@@ -68,6 +68,49 @@ def test_the_flyte_context_is_there_in_the_call(tmp_path: Path, monkeypatch: pyt
     assert run_in_flyte_context(look, flyte).return_value == ("f123", str(tmp_path), True)
 
 
+def test_a_worker_goes_on_from_the_round_before(tmp_path: Path) -> None:
+    """The same function called again finds what it wrote, first of this attempt and then of the earlier one."""
+
+    def train() -> bytes | None:
+        checkpoint = flytekit.current_context().checkpoint
+        found: bytes | None = checkpoint.read()
+        checkpoint.write(b"round after " + (found or b"nothing"))
+        return found
+
+    attempt = FlyteContext(str(tmp_path), str(tmp_path / "first"), None)
+    assert run_in_flyte_context(train, attempt).return_value is None
+    assert run_in_flyte_context(train, attempt).return_value == b"round after nothing"
+    retry = FlyteContext(str(tmp_path), str(tmp_path / "second"), str(tmp_path / "first"))
+    assert run_in_flyte_context(train, retry).return_value == b"round after round after nothing"
+
+
+def test_by_upstreams_door_as_well(tmp_path: Path) -> None:
+    """``spawn_helper`` is how workers of the kubeflow backend begin."""
+
+    def look() -> str:
+        return type(flytekit.current_context().checkpoint).__name__
+
+    fn, prefix, dest = cloudpickle.dumps(look), str(tmp_path), str(tmp_path / "new")
+    assert spawn_helper(fn, prefix, dest, "", {}).return_value == "WorkerCheckpoint"
+
+
+def test_without_a_place_flytekit_says_so(tmp_path: Path) -> None:
+    """As it does on a platform without checkpoints."""
+    with pytest.raises(NotImplementedError):
+        run_in_flyte_context(lambda: flytekit.current_context().checkpoint, FlyteContext(str(tmp_path)))
+
+
+def test_decks_are_those_of_the_call(tmp_path: Path) -> None:
+    """Each call begins without any, and gives its own."""
+
+    def train(name: str) -> None:
+        flytekit.Deck(name, "<b>loss</b>")
+
+    for name in ("one", "two"):
+        result = run_in_flyte_context(lambda name=name: train(name), FlyteContext(str(tmp_path), str(tmp_path / "cp")))
+        assert {deck.name for deck in result.decks} & {"one", "two"} == {name}
+
+
 @pytest.mark.parametrize("code", [0, None])
 def test_a_clean_exit_counts_as_returning_none(code: int | None) -> None:
     """``sys.exit(0)`` in a rank is not a crash."""

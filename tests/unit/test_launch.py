@@ -34,6 +34,14 @@ def test_every_launch_has_a_run_id_of_its_own(double: Any) -> None:
     assert len({plan.run_id for plan in double.plans}) == 2
 
 
+def test_every_launch_has_a_place_for_checkpoints(double: Any) -> None:
+    """A folder of its own, named by the run, under the raw output prefix; nothing to begin with."""
+    launch(train, 1, elastic=Elastic(backend="double"))
+    (plan,) = double.plans
+    assert plan.flyte.checkpoint_dest == f"{plan.flyte.raw_output_prefix.rstrip('/')}/checkpoints/{plan.run_id}"
+    assert plan.flyte.checkpoint_src is None
+
+
 def test_errors_are_raised_as_they_are(double: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside a task nothing is turned into Flyte's errors."""
 

@@ -143,6 +143,11 @@ def test_checkpoints_are_the_attempts(tmp_path: Any) -> None:
     assert flyte_context_of(flytekit.current_context()).checkpoint_dest is None
 
 
+def test_a_task_without_checkpoints_gets_none() -> None:
+    """A place of its own is for ``launch()``."""
+    assert plan_elastic(Elastic(), call()).flyte.checkpoint_dest is None
+
+
 def test_the_execution_is_the_platforms_for_fresh_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spawned workers know the execution from the environment; a local run sets none, as upstream."""
     context = flytekit.current_context()
@@ -160,3 +165,14 @@ def test_forked_workers_inherit_the_execution_of_this_process() -> None:
     inherited = flyte_context_of(flytekit.current_context(), inherited=True).execution_id
     assert inherited["FLYTE_INTERNAL_EXECUTION_ID"] == flytekit.current_context().execution_id.name
     assert len(inherited) == 3
+
+
+def test_launches_of_one_task_do_not_share_their_checkpoints(tmp_path: Any) -> None:
+    """Each has a folder of its own below the task's place, and below what the attempt before left."""
+    context = flytekit.current_context().builder()
+    context.checkpoint = SyncCheckpoint(str(tmp_path / "now"), "s3://bucket/before/")
+    places = [plan_elastic(Elastic(), call(context=context.build(), keeps_checkpoints=True)).flyte for _ in range(2)]
+    assert [place.checkpoint_dest for place in places] == [f"{tmp_path}/now/launch-{number}" for number in range(2)]
+    assert [place.checkpoint_src for place in places] == [f"s3://bucket/before/launch-{number}" for number in range(2)]
+    task = plan_elastic(Elastic(), call(context=context.build())).flyte
+    assert (task.checkpoint_dest, task.checkpoint_src) == (f"{tmp_path}/now", "s3://bucket/before/")
