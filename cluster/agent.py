@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.cluster.environment import node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
+from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
 from kfpytorch_ray.cluster.protocol import (
     MARK_VARIABLE,
     AgentSetup,
     Failed,
     Failing,
+    NodePulse,
     NodeReport,
     OpenStore,
     Ready,
@@ -35,6 +39,7 @@ from kfpytorch_ray.cluster.protocol import (
     SupervisorLostError,
     SupervisorSetup,
 )
+from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
 
 if TYPE_CHECKING:
     from kfpytorch_ray.cluster.spool import Spooled
@@ -51,6 +56,7 @@ PRELOAD = (
 )
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - results pass through memory, in a folder of mode 0700
 _EVERY_ROUND = 2**31
+_LOST_WAIT_S = 10.0
 
 
 class ElasticAgent:
@@ -64,22 +70,34 @@ class ElasticAgent:
     def __init__(self, setup: AgentSetup, address: str) -> None:
         _become(node_environment(os.environ, setup.environment))
         self._setup = setup
-        self._folder = Path(tempfile.mkdtemp(prefix="kfpytorch_ray-"))
+        name = f"kfpytorch_ray-{secrets.token_hex(8)}"
+        self._folder = Path(tempfile.gettempdir(), name)
         # Under the folder as well: shared memory may be too small for a result, or absent.
-        self._result_folders = tuple(
-            tempfile.mkdtemp(prefix="kfpytorch_ray-", dir=parent)
-            for parent in (SHARED_MEMORY, self._folder)
-            if os.access(parent, os.W_OK)
+        self._result_folders = (
+            *((f"{SHARED_MEMORY}/{name}",) if os.access(SHARED_MEMORY, os.W_OK) else ()),
+            str(self._folder / "results"),
         )
         self._results: dict[int, str] = {}
         self._failing: dict[int, threading.Event] = defaultdict(threading.Event)
         self._failed: set[int] = set()
         self._asking = threading.Lock()
         self._sending = threading.Lock()
+        self._turning = threading.Lock()
+        self._round: int | None = None
+        self._ready: Ready | None = None
+        self._answered_at = 0.0
+
+        value = os.pathsep.join((str(os.getpid()), *self._folders))
+        self._mark = f"{MARK_VARIABLE}={value}"
+        # Before there is anything to clean up: an agent may be killed at any time.
+        start_guardian(self._mark)
+        for folder in self._folders:
+            os.mkdir(folder, 0o700)
+        self._page = HeartbeatPage.create(self._folder / PAGE_NAME, setup.nproc_per_node)
 
         preload = (*PRELOAD, *setup.preload)
-        os.environ[MARK_VARIABLE] = os.pathsep.join((str(os.getpid()), *self._folders))
-        fork_server = ForkServer(preload)
+        os.environ[MARK_VARIABLE] = value
+        fork_server = ForkServer(preload, str(self._folder))
         given = SupervisorSetup(
             setup=setup,
             address=address,
@@ -94,15 +112,20 @@ class ElasticAgent:
         )
 
     def load(self, payload: bytes) -> None:
-        """Take the pickled call, once for all rounds, and wait until the fork server is warm."""
+        """Take the pickled call, once for all rounds, and wait until the fork server is warm.
+
+        From now on this agent has to hear from its controller, which counts on it from when it has this answer.
+        """
         if hashlib.sha256(payload).hexdigest() != self._setup.payload_sha256:
             msg = "the payload differs from the one that the driver sent"
             raise ValueError(msg)
         self._payload.write_bytes(payload)
         with self._asking:
-            ready: Ready = self._answer()
+            ready = self._await_ready()
         if ready.missing:
             logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
+        self._answered_at = _now()
+        self._extend_lease(self._answered_at + self._setup.silence_timeout_s)
 
     def open_store(self) -> int:
         """Open the store of a round whose rank 0 is here, and say its port."""
@@ -113,9 +136,13 @@ class ElasticAgent:
         """Run one round to its end, by itself or by ``stop_round``."""
         self._drop_results()
         index = assignment.round_index
+        with self._turning:
+            self._round = index
         try:
             finished = self._ask(assignment, meanwhile=lambda: self._note_failure(index))
         finally:
+            with self._turning:
+                self._round = None
             self._failing[index].set()
         self._results = dict(finished.results)
         report: NodeReport = finished.report
@@ -130,30 +157,61 @@ class ElasticAgent:
         self._failing[round_index].wait()
         return round_index in self._failed
 
-    def stop_round(self, round_index: int) -> None:
-        """End a round if it still runs, or will start; returns at once, ``run_round`` returns when it is over."""
+    def stop_round(self, round_index: int, hung: bool = False) -> None:
+        """End a round if it still runs, or will start; returns at once, ``run_round`` returns when it is over.
+
+        Args:
+            round_index: The round, and any before it.
+            hung: Whether its ranks have hung: then their stacks are taken first, and kept in their records.
+        """
         with contextlib.suppress(OSError), self._sending:
-            self._connection.send(StopRound(round_index))
+            self._connection.send(StopRound(round_index, hung))
 
-    def collect(self) -> tuple[Spooled | None, ...] | Spooled | None:
-        """The results of the last round by local rank; None for a worker that left without one.
+    def request_stop(self, round_index: int) -> bool:
+        """Have ``kfpytorch_ray.stop_requested()`` answer True to the workers of a round, if it runs here.
 
-        Each is handed out once: the file is removed, its memory lives until Ray has taken it. A single result comes
-        bare, because Ray makes one object of whatever a method with one return value returns.
+        Returns:
+            Whether one of them listens: it has asked in this round.
+        """
+        # A round may end meanwhile, but no other begins.
+        with self._turning:
+            if self._round != round_index or self._page.round_index != round_index:
+                return False
+            self._page.request_stop()
+            return self._listening()
+
+    def pulse(self) -> NodePulse:
+        """Answer the controller that this agent is there, at once whatever it does.
+
+        A pulse is sent when the answer to the one before, or to ``load``, has arrived. So this one tells that the
+        controller knew of this agent at the time of that answer, and for how much longer it will count on it; after
+        that, the agent ends.
+        """
+        self._extend_lease(self._answered_at + self._setup.silence_timeout_s)
+        round_index = self._page.round_index
+        pulse = NodePulse(round_index, self._page.idle_s(), round_index is not None and self._listening())
+        self._answered_at = _now()
+        return pulse
+
+    def collect(self) -> tuple[bool | Spooled | None, ...]:
+        """True, and after it the results of the last round by local rank; None for a worker that left without one.
+
+        Each is handed out once: the file is removed, its memory lives until Ray has taken it. The first element is
+        there so that the caller can ask for the failure of this call without fetching a result.
         """
         from kfpytorch_ray.cluster.spool import map_spooled
 
-        collected: list[Spooled | None] = []
-        for rank in range(self._setup.nproc_per_node):
-            path = self._results.get(rank)
-            collected.append(None if path is None else map_spooled(Path(path)))
+        paths = [self._results.get(rank) for rank in range(self._setup.nproc_per_node)]
+        results = [None if path is None else map_spooled(Path(path)) for path in paths]
         self._drop_results()
-        return collected[0] if len(collected) == 1 else tuple(collected)
+        return (True, *results)
 
     def shutdown(self) -> None:
         """End a running round, wait until its workers are gone, pass on the last log lines and remove all files."""
+        # No pulse may come any more, and the workers have their grace.
+        self._extend_lease(_now() + self._setup.stop_grace_s + self._setup.silence_timeout_s)
         self.stop_round(_EVERY_ROUND)
-        # After a supervisor that has died, its guardian cleans up.
+        # What a supervisor leaves that has died was killed when that was noticed.
         with contextlib.suppress(SupervisorLostError):
             self._ask(Shutdown())
             self._supervisor.join()
@@ -172,14 +230,21 @@ class ElasticAgent:
         self._failed.add(round_index)
         self._failing[round_index].set()
 
+    def _listening(self) -> bool:
+        return any(beat.listens for beat in self._page.read())
+
+    def _extend_lease(self, until: float) -> None:
+        self._page.extend_lease(max(until, self._page.lease_until))
+
     def _ask(self, request: object, meanwhile: Callable[[], None] | None = None) -> Any:
         """Send a request and wait for its answer; ``meanwhile`` is called when a rank fails before that."""
         with self._asking:
+            self._await_ready()
             try:
                 with self._sending:
                     self._connection.send(request)
             except OSError as error:
-                raise SupervisorLostError from error
+                raise self._supervisor_lost() from error
             answer = self._answer()
             if isinstance(answer, Failing):
                 if meanwhile is not None:
@@ -187,14 +252,26 @@ class ElasticAgent:
                 answer = self._answer()
             return answer
 
+    def _await_ready(self) -> Ready:
+        """The supervisor's first word, which comes unasked; whoever asks first takes it."""
+        if self._ready is None:
+            ready: Ready = self._answer()
+            self._ready = ready
+        return self._ready
+
     def _answer(self) -> Any:
         try:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise SupervisorLostError from error
+            raise self._supervisor_lost() from error
         if isinstance(answer, Failed):
             raise RuntimeError(answer.traceback)
         return answer
+
+    def _supervisor_lost(self) -> SupervisorLostError:
+        """Workers do not end with their supervisor, and nobody would stop them: that is done here."""
+        kill_all(lambda: marked_processes(self._mark), _LOST_WAIT_S)
+        return SupervisorLostError()
 
     def _drop_results(self) -> None:
         while self._results:
@@ -206,3 +283,8 @@ def _become(environment: Mapping[str, str]) -> None:
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
+
+
+def _now() -> float:
+    """The clock of leases, which goes on while this machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

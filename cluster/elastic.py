@@ -20,9 +20,11 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError
 
 from kfpytorch_ray.cluster import worker
-from kfpytorch_ray.cluster.processes import Ended, ForkedWorkers
-from kfpytorch_ray.cluster.protocol import AgentSetup, RoundAssignment
+from kfpytorch_ray.cluster.processes import ForkedWorkers
+from kfpytorch_ray.cluster.protocol import AgentSetup, RoundAssignment, StopRound
 from kfpytorch_ray.cluster.protocol import WorkerSpec as ProcessSpec
+from kfpytorch_ray.cluster.records import Ended
+from kfpytorch_ray.heartbeat import HeartbeatPage
 from kfpytorch_ray.plan import Contract
 
 _ENDED = "the controller ended the round"
@@ -97,8 +99,9 @@ class RoundAgent(LocalElasticAgent):
         log_folder: Folder of this round's output and error files; must exist.
         make_spec: As in ``ForkedWorkers``.
         orders: Becomes readable when ``stop_ordered`` should be asked.
-        stop_ordered: Whether the controller ended the round.
+        stop_ordered: How the controller ended the round; None if it has not.
         failing: Called when a worker has failed, before the others are stopped.
+        page: The node's heartbeat page, on which the round has begun.
     """
 
     def __init__(
@@ -109,8 +112,9 @@ class RoundAgent(LocalElasticAgent):
         log_folder: str,
         make_spec: Callable[[int, Mapping[str, str], str, str], ProcessSpec],
         orders: Connection,
-        stop_ordered: Callable[[], bool],
+        stop_ordered: Callable[[], StopRound | None],
         failing: Callable[[], None],
+        page: HeartbeatPage,
     ) -> None:
         spec = WorkerSpec(
             role=ROLE,
@@ -132,6 +136,7 @@ class RoundAgent(LocalElasticAgent):
         self._orders = orders
         self._stop_ordered = stop_ordered
         self._failing = failing
+        self._page = page
         self.workers: ForkedWorkers | None = None
 
     def ended(self) -> Mapping[int, Ended]:
@@ -170,6 +175,7 @@ class RoundAgent(LocalElasticAgent):
             make_spec=self._make_spec,
             stop_grace_s=self._setup.stop_grace_s,
             failing=self._failing,
+            page=self._page,
         )
         self._pcontext = self.workers
         self.workers.start()
@@ -225,5 +231,7 @@ class RoundAgent(LocalElasticAgent):
             self._worker_group.state = result.state
             if result.state is not WorkerState.HEALTHY:
                 return result
-            if self._stop_ordered():
+            if order := self._stop_ordered():
+                if order.hung:
+                    self.workers.take_stacks()
                 raise RendezvousGracefulExitError(_ENDED)

@@ -6,15 +6,21 @@ again in every child (260 ms each), and children can be cut loose from the serve
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_LONGEST_SOCKET_FOLDER = 80
+"""Of the 107 bytes of a path; multiprocessing adds its own name."""
 
 _context = multiprocessing.get_context("forkserver")
 _server: Any = multiprocessing.forkserver._forkserver
@@ -29,10 +35,14 @@ class ForkServer:
 
     Args:
         preload: Modules to import, in this order; those that cannot be are passed over.
+        folder: For sockets and other temporary files of multiprocessing, here and in all children.
     """
 
-    def __init__(self, preload: tuple[str, ...]) -> None:
+    def __init__(self, preload: tuple[str, ...], folder: str) -> None:
         _hide_main_module()
+        # Its own folder is removed at the exit of a process, and an actor is killed. A socket's path has a bound.
+        if len(folder) < _LONGEST_SOCKET_FOLDER:
+            multiprocessing.process.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
         multiprocessing.forkserver.set_forkserver_preload(list(preload))
         multiprocessing.forkserver.ensure_running()
 
@@ -64,6 +74,15 @@ def share_parents_server() -> None:
     started, and would start another, cold one.
     """
     _server.ensure_running = lambda: None
+
+
+def die_with_server() -> None:
+    """Called in a child: have the kernel kill it when the server ends."""
+    server = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The server may have died between fork and prctl; the signal is then never sent.
+    if os.getppid() != server:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leave_fork_server() -> None:

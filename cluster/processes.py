@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext, RunProcsResult
@@ -24,27 +24,16 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.multiprocessing.tail_log import TailLog
 
 from kfpytorch_ray.cluster import forkserver, worker
+from kfpytorch_ray.cluster.memory import OutOfMemoryWatch
 from kfpytorch_ray.cluster.protocol import WorkerSpec
+from kfpytorch_ray.cluster.records import Ended
+from kfpytorch_ray.cluster.stacks import Hanging, find_py_spy, take_stacks
+from kfpytorch_ray.heartbeat import HeartbeatPage
 
 logger = logging.getLogger(__name__)
 
 _KILL_WAIT_S = 10.0
 """Longest wait for the kernel after SIGKILL; a process in uninterruptible sleep does not end at all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How one process ended.
-
-    Attributes:
-        exit_code: Negative for a signal.
-        at: Seconds since the epoch at which that was seen.
-        stopped_at: When this launch told it to stop; None if it ended before.
-    """
-
-    exit_code: int
-    at: float
-    stopped_at: float | None
 
 
 class ForkedWorkers(PContext):
@@ -58,6 +47,7 @@ class ForkedWorkers(PContext):
         make_spec: Completes a worker's spec: (local rank, environment, stdout file, stderr file).
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         failing: Called when a worker has failed, before the others are stopped.
+        page: Is told who the workers are, and tells them when they are to stop.
     """
 
     def __init__(
@@ -69,6 +59,7 @@ class ForkedWorkers(PContext):
         make_spec: Callable[[int, Mapping[str, str], str, str], WorkerSpec],
         stop_grace_s: float,
         failing: Callable[[], None],
+        page: HeartbeatPage,
     ) -> None:
         super().__init__(name, worker.main, dict.fromkeys(envs, ()), envs, logs_specs, log_line_prefixes)
         self._log_tails = [
@@ -78,11 +69,15 @@ class ForkedWorkers(PContext):
         self._make_spec = make_spec
         self._stop_grace_s = stop_grace_s
         self._failing = failing
+        self._page = page
+        self._memory = OutOfMemoryWatch()
         self._processes: dict[int, ForkServerProcess] = {}
         self._pids: dict[int, int] = {}
+        self._stacks_files: dict[int, Path] = {}
         self.ended: dict[int, Ended] = {}
         self._stopping: set[int] = set()
-        self._stopped_at = 0.0
+        self._stopped_at: float | None = None
+        self._stacks: Mapping[int, str] = {}
         self._closed = False
 
     def start(self) -> None:
@@ -98,6 +93,9 @@ class ForkedWorkers(PContext):
             assert process.pid is not None
             self._processes[rank] = process
             self._pids[rank] = process.pid
+            self._stacks_files[rank] = Path(spec.stacks)
+            self._page.join(rank, int(spec.environment["RANK"]), process.pid)
+            self._memory.add(process.pid)
 
     def wait_for_change(self, timeout_s: float, *others: Any) -> None:
         """Return when a worker ended, one of ``others`` (file descriptors) is readable, or after ``timeout_s``."""
@@ -113,11 +111,20 @@ class ForkedWorkers(PContext):
             if process.sentinel in ready:
                 process.join()
                 assert process.exitcode is not None
-                stopped_at = self._stopped_at if rank in self._stopping else None
                 # At once: the process id may be somebody else's later. Its data loaders may be left.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._pids[rank], signal.SIGKILL)
-                self.ended[rank] = Ended(process.exitcode, time.time(), stopped_at)
+                self._note_end(rank, process.exitcode)
+
+    def _note_end(self, rank: int, exit_code: int | None) -> None:
+        stopped = rank in self._stopping
+        self.ended[rank] = Ended(
+            exit_code,
+            at=time.time(),
+            stopped_at=self._stopped_at if stopped else None,
+            out_of_memory=exit_code == -signal.SIGKILL and not stopped and self._memory.struck(self._pids[rank]),
+            stacks=self._stacks.get(rank),
+        )
 
     def _poll(self) -> RunProcsResult | None:
         self._collect()
@@ -129,7 +136,7 @@ class ForkedWorkers(PContext):
                 error_file=self.error_files[rank],
             )
             for rank, ended in self.ended.items()
-            if ended.exit_code != 0
+            if ended.exit_code
         }
         if not failures and len(self.ended) < self.nprocs:
             return None
@@ -147,6 +154,12 @@ class ForkedWorkers(PContext):
         """Process ids by local rank."""
         return dict(self._pids)
 
+    def take_stacks(self) -> None:
+        """Keep the stacks of the workers that still run; from now on, they count as hung. Takes 7 s at most."""
+        self._begin_stop()
+        hanging = {rank: Hanging(self._pids[rank], self._stacks_files[rank]) for rank in self._stopping}
+        self._stacks = take_stacks(hanging, find_py_spy())
+
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         """Stop what still runs; the passing on of log lines ends behind the caller's back, it takes up to 0.2 s."""
         if self._closed:
@@ -161,20 +174,31 @@ class ForkedWorkers(PContext):
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
         """``timeout`` is torch's; the grace is this launch's own."""
-        self._collect()
-        self._stopping = set(self._running())
-        self._stopped_at = time.time()
-        for rank in self._stopping:
+        self._begin_stop()
+        # Before the signal: a handler of it, or the loop that it interrupts, may ask.
+        self._page.request_stop()
+        for rank in self._stopping & self._running().keys():
             kill_group(self._pids[rank], death_sig)
+            # One that is stopped takes the signal only once it goes on.
+            kill_group(self._pids[rank], signal.SIGCONT)
         self._wait_all(self._stop_grace_s)
         for rank in self._running():
             kill_group(self._pids[rank], signal.SIGKILL)
         self._wait_all(_KILL_WAIT_S)
-        if self._running():
+        if stuck := self._running():
             logger.error(
                 "Workers %s do not end after SIGKILL; they hang in the kernel, most likely in a GPU or network driver.",
-                [self._pids[rank] for rank in self._running()],
+                [self._pids[rank] for rank in stuck],
             )
+            for rank in stuck:
+                self._note_end(rank, None)
+
+    def _begin_stop(self) -> None:
+        self._collect()
+        if self._stopped_at is None:
+            # The server's word of an end may still be on its way, and such an end is no doing of ours.
+            self._stopping = {rank for rank in self._running() if not _has_ended(self._pids[rank])}
+            self._stopped_at = time.time()
 
     def _wait_all(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -183,10 +207,19 @@ class ForkedWorkers(PContext):
             self._collect()
 
 
+def _has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
 def kill_group(leader: int, signum: signal.Signals) -> None:
     """Signal the process group of a worker, or the worker alone if it has not made its group yet."""
     try:
         os.killpg(leader, signum)
     except ProcessLookupError:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(leader, signum)
+    except PermissionError:
+        logger.warning("The worker %s has changed its user and cannot be signalled.", leader)

@@ -30,10 +30,12 @@ class AgentSetup:
         preload: Modules that the fork server imports.
         flyte: The Flyte context of the workers.
         payload_sha256: Of the pickled call, checked before it is unpickled.
-        upload_files: Whether rank 0 is on another machine than the driver, and has to upload files that it returns.
+        driver_address: The address that Ray knows for the driver's node. Files that rank 0 returns on another one are
+            uploaded there.
         max_restarts: TORCHELASTIC_MAX_RESTARTS.
         monitor_interval_s: Longest time between two looks at the workers.
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
+        silence_timeout_s: Seconds without a pulse of the controller after which the agent and its workers end.
     """
 
     name: str
@@ -46,10 +48,11 @@ class AgentSetup:
     preload: tuple[str, ...]
     flyte: FlyteContext
     payload_sha256: str
-    upload_files: bool
+    driver_address: str
     max_restarts: int
     monitor_interval_s: float
     stop_grace_s: float
+    silence_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,21 @@ class RoundAssignment:
     node_count: int
     master_address: str
     master_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodePulse:
+    """An agent's answer to the controller's pulse.
+
+    Attributes:
+        round_index: Of the round that runs; None between rounds.
+        idle_s: Seconds since a worker of this agent last made progress, or since the round started here.
+        listening: Whether a worker has asked ``stop_requested()`` in this round.
+    """
+
+    round_index: int | None
+    idle_s: float
+    listening: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +116,7 @@ class WorkerSpec:
         result_directories: Where the result may go, best first.
         flyte: Its Flyte context.
         upload_files: Whether it uploads files that it returns.
+        stacks: File for the stacks of its threads, when it is asked for them.
     """
 
     environment: Mapping[str, str]
@@ -112,6 +131,7 @@ class WorkerSpec:
     result_directories: tuple[str, ...]
     flyte: FlyteContext
     upload_files: bool
+    stacks: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +192,15 @@ class OpenStore:
 
 @dataclass(frozen=True, slots=True)
 class StopRound:
-    """Ends this round, and any before it. Not answered: the round's own answer comes sooner."""
+    """Ends this round, and any before it. Not answered: the round's own answer comes sooner.
+
+    Attributes:
+        round_index: The round.
+        hung: Whether its ranks have hung: then their stacks are taken first.
+    """
 
     round_index: int
+    hung: bool = False
 
 
 @dataclass(frozen=True, slots=True)

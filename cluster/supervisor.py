@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import signal
 import sys
 import threading
 import time
@@ -23,9 +22,10 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
-from kfpytorch_ray.cluster.forkserver import share_parents_server
-from kfpytorch_ray.cluster.processes import Ended
+from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
+from kfpytorch_ray.cluster.guardian import kill_all, strays
 from kfpytorch_ray.cluster.protocol import (
+    MARK_VARIABLE,
     Failed,
     Failing,
     Finished,
@@ -36,18 +36,18 @@ from kfpytorch_ray.cluster.protocol import (
     Shutdown,
     StopRound,
     SupervisorSetup,
-    WorkerFailure,
     WorkerSpec,
 )
-from kfpytorch_ray.results import Outcome, RankRecord, Stage
+from kfpytorch_ray.cluster.records import Traces, record_of
+from kfpytorch_ray.heartbeat import PAGE_NAME, PAGE_VARIABLE, Beat, HeartbeatPage
 
-LOG_TAIL_LINES = 20
-_LOG_TAIL_BYTES = 64 * 1024
+_STRAYS_WAIT_S = 5.0
 
 
 def main(connection: Connection, given: SupervisorSetup) -> None:
     """Serve until told to shut down, or until the actor is gone."""
     os.setsid()
+    die_with_server()
     share_parents_server()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -57,7 +57,7 @@ def main(connection: Connection, given: SupervisorSetup) -> None:
     with contextlib.suppress(EOFError):
         while not isinstance(request := connection.recv(), Shutdown):
             if isinstance(request, StopRound):
-                supervisor.stopped_round = max(supervisor.stopped_round, request.round_index)
+                supervisor.take(request)
                 continue
             try:
                 answer: Any = supervisor.answer(request)
@@ -76,6 +76,11 @@ class _Supervisor:
     given: SupervisorSetup
     store: TCPStore | None = None
     stopped_round: int = -1
+    hung_round: int = -1
+
+    def __post_init__(self) -> None:
+        self.page_path = Path(self.given.folder, PAGE_NAME)
+        self.page = HeartbeatPage.open(self.page_path)
 
     def answer(self, request: OpenStore | RoundAssignment) -> int | Finished:
         if isinstance(request, OpenStore):
@@ -93,7 +98,7 @@ class _Supervisor:
 
         def make_spec(rank: int, environment: Mapping[str, str], stdout: str, stderr: str) -> WorkerSpec:
             return WorkerSpec(
-                environment=environment,
+                environment={**environment, PAGE_VARIABLE: f"{self.page_path}:{rank}"},
                 sys_path=setup.sys_path,
                 working_directory=setup.working_directory,
                 payload=given.payload,
@@ -104,7 +109,8 @@ class _Supervisor:
                 result=stems[rank],
                 result_directories=given.result_folders,
                 flyte=setup.flyte,
-                upload_files=setup.upload_files and environment["RANK"] == "0",
+                upload_files=given.address != setup.driver_address and environment["RANK"] == "0",
+                stacks=str(folder / f"stacks-{rank}"),
             )
 
         agent = RoundAgent(
@@ -116,87 +122,71 @@ class _Supervisor:
             orders=self.connection,
             stop_ordered=lambda: self._stop_ordered(assignment.round_index),
             failing=lambda: self.connection.send(Failing()),
+            page=self.page,
         )
-        # The store stays open: other nodes may still train when this one's workers have returned.
-        agent.run()
+        started_at = time.time()
+        self.page.start_round(assignment.round_index)
+        try:
+            # The store stays open: other nodes may still train when this one's workers have returned.
+            agent.run()
+        finally:
+            self.page.end_round()
+            _end_strays()
+        beats = self.page.read()
+        records = tuple(
+            record_of(
+                self._traces(agent, rank, failures[rank], beats[rank], started_at),
+                rank=assignment.node_rank * setup.nproc_per_node + rank,
+                local_rank=rank,
+                node_rank=assignment.node_rank,
+                node=given.address,
+            )
+            for rank in stems
+        )
         results = {
             rank: str(path)
             for rank, stem in stems.items()
             for path in (Path(parent) / stem for parent in given.result_folders)
             if path.exists()
         }
-        records = tuple(self._record(agent, assignment, rank, failures[rank]) for rank in stems)
         return Finished(NodeReport(assignment.node_rank, records), results)
 
-    def _stop_ordered(self, round_index: int) -> bool:
-        """Take the orders that have come; whether one of them ends this round."""
-        while self.connection.poll():
-            order = self.connection.recv()
-            self.stopped_round = max(self.stopped_round, order.round_index)
-        return self.stopped_round >= round_index
-
-    def _record(self, agent: RoundAgent, assignment: RoundAssignment, local_rank: int, failure: Path) -> RankRecord:
-        ended = agent.ended().get(local_rank)
-        written: WorkerFailure | None = pickle.loads(failure.read_bytes()) if failure.exists() else None
-        outcome, message = _outcome(ended, written)
-        return RankRecord(
-            rank=assignment.node_rank * self.given.setup.nproc_per_node + local_rank,
-            local_rank=local_rank,
-            node_rank=assignment.node_rank,
-            node=self.given.address,
-            outcome=outcome,
-            exit_code=None if ended is None else ended.exit_code,
-            timestamp=written.timestamp if written else (ended.at if ended else time.time()),
-            message=message,
-            traceback=written.traceback if written else "",
-            stage=written.stage if written else Stage.CALL,
-            recoverable=bool(written and written.recoverable),
-            exception=written.exception if written else None,
-            log_tail=() if outcome is Outcome.SUCCEEDED else _log_tail(agent, local_rank, written),
+    def _traces(self, agent: RoundAgent, rank: int, failure: Path, beat: Beat, started_at: float) -> Traces:
+        return Traces(
+            ended=agent.ended().get(rank),
+            failure=pickle.loads(failure.read_bytes()) if failure.exists() else None,
+            beat=beat,
+            last_sign=_last_sign(beat, started_at),
+            stdout=None if agent.workers is None else agent.workers.stdouts[rank],
+            stderr=None if agent.workers is None else agent.workers.stderrs[rank],
         )
 
+    def take(self, order: StopRound) -> None:
+        """Remember an order; the round that it is about may not have come yet."""
+        self.stopped_round = max(self.stopped_round, order.round_index)
+        if order.hung:
+            self.hung_round = max(self.hung_round, order.round_index)
 
-def _outcome(ended: Ended | None, failure: WorkerFailure | None) -> tuple[Outcome, str]:
-    """How a worker ended, and one line that says it."""
-    if ended is None:
-        return Outcome.STOPPED, "stopped before it started"
-    # What a worker raises once it was told to stop, from a handler of SIGTERM for example, is our doing.
-    if failure is not None and (ended.stopped_at is None or failure.timestamp < ended.stopped_at):
-        return Outcome.RAISED, failure.message
-    if ended.exit_code == 0:
-        return Outcome.SUCCEEDED, ""
-    if ended.stopped_at is not None:
-        return Outcome.STOPPED, "stopped with the round"
-    if ended.exit_code < 0:
-        return Outcome.KILLED, f"killed by {_signal_name(-ended.exit_code)}"
-    return Outcome.EXITED, f"left with exit code {ended.exit_code} and left no record of an exception"
+    def _stop_ordered(self, round_index: int) -> StopRound | None:
+        """Take the orders that have come; what they say about this round."""
+        while self.connection.poll():
+            self.take(self.connection.recv())
+        if self.stopped_round < round_index:
+            return None
+        return StopRound(round_index, hung=self.hung_round == round_index)
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+def _end_strays() -> None:
+    """Workers lead groups, which end with them; a child that made a group or session of its own does not."""
+    value = os.environ[MARK_VARIABLE]
+    agent = int(value.split(os.pathsep)[0])
+    kill_all(lambda: strays(f"{MARK_VARIABLE}={value}", agent), timeout_s=_STRAYS_WAIT_S)
 
 
-def _log_tail(agent: RoundAgent, local_rank: int, failure: WorkerFailure | None) -> tuple[str, ...]:
-    if agent.workers is None:
-        return ()
-    stdout = _last_lines(agent.workers.stdouts[local_rank], None)
-    # Not the traceback, which the record has already.
-    stderr = _last_lines(agent.workers.stderrs[local_rank], failure.stderr_size_bytes if failure else None)
-    return (*stdout, *stderr)[-LOG_TAIL_LINES:]
-
-
-def _last_lines(path: str, end: int | None) -> list[str]:
-    """Up to LOG_TAIL_LINES lines before byte ``end`` of a file."""
-    try:
-        with open(path, "rb") as file:
-            end = file.seek(0, os.SEEK_END) if end is None else end
-            start = file.seek(max(0, end - _LOG_TAIL_BYTES))
-            return file.read(end - start).decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    except FileNotFoundError:
-        return []
+def _last_sign(beat: Beat, round_started_at: float) -> float:
+    if beat.progressed_at is None:
+        return round_started_at
+    return time.time() - (time.monotonic() - beat.progressed_at)
 
 
 def _drain_logs() -> None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import hashlib
 import os
 import pickle
-import signal
 import sys
 import time
 import traceback
@@ -26,16 +24,16 @@ from flytekit.exceptions.user import FlyteRecoverableException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from kfpytorch_ray import flyte_worker
-from kfpytorch_ray.cluster.forkserver import leave_fork_server
+from kfpytorch_ray.cluster.forkserver import die_with_server, leave_fork_server
 from kfpytorch_ray.cluster.pickling import dump_parts
 from kfpytorch_ray.cluster.protocol import WorkerFailure, WorkerSpec
 from kfpytorch_ray.cluster.spool import spool
+from kfpytorch_ray.cluster.stacks import answer_with_stacks
 from kfpytorch_ray.errors import ResultError
 from kfpytorch_ray.flyte_outputs import upload_files
 from kfpytorch_ray.payload import blame_result, load_payload
 from kfpytorch_ray.results import ElasticWorkerResult, Stage
 
-_PR_SET_PDEATHSIG = 1
 _OWN_FILES = frozenset({__file__, contextlib.__file__, flyte_worker.__file__, record.__code__.co_filename})
 
 
@@ -46,6 +44,7 @@ def main(spec: WorkerSpec) -> None:
     TORCHELASTIC_ERROR_FILE names.
     """
     _separate_from_parent()
+    answer_with_stacks(spec.stacks)
     _redirect_output(spec)
     os.environ.clear()
     os.environ.update(spec.environment)
@@ -137,11 +136,7 @@ def _pickled(error: Exception) -> bytes | None:
 
 def _separate_from_parent() -> None:
     os.setsid()
-    server = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # The server may have died between fork and prctl; the signal is then never sent.
-    if os.getppid() != server:
-        os.kill(os.getpid(), signal.SIGKILL)
+    die_with_server()
     leave_fork_server()
 
 

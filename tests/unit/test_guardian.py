@@ -14,25 +14,26 @@ from pathlib import Path
 
 import pytest
 
-from kfpytorch_ray.cluster.guardian import marked_processes
+from kfpytorch_ray.cluster.guardian import RAYLET_VARIABLE, kill_all, marked_processes, strays
 from kfpytorch_ray.cluster.processes import kill_group
 from kfpytorch_ray.cluster.protocol import MARK_VARIABLE
-
-IMPORT = "import kfpytorch_ray.cluster.guardian"
+from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
 
 AGENT = f"""
-import os, subprocess, sys
-mark = os.pathsep.join([str(os.getpid()), *sys.argv[1:]])
-marked = {{**os.environ, "{MARK_VARIABLE}": mark}}
-stay = "print(1, flush=True); import signal; signal.pause()"
-server = subprocess.Popen([sys.executable, "-c", "{IMPORT}; " + stay], env=marked, stdout=subprocess.PIPE)
-server.stdout.readline()
-worker = subprocess.Popen([sys.executable, "-c", stay], env=marked, stdout=subprocess.PIPE, start_new_session=True)
-worker.stdout.readline()
-print(mark, server.pid, worker.pid, flush=True)
-import signal; signal.pause()
+import os, signal, subprocess, sys
+from kfpytorch_ray.cluster.guardian import start_guardian
+
+value = os.pathsep.join([str(os.getpid()), *sys.argv[1:]])
+start_guardian("{MARK_VARIABLE}=" + value)
+marked = {{**os.environ, "{MARK_VARIABLE}": value}}
+stay = ("sh", "-c", "echo ready; exec sleep 600")
+below = subprocess.Popen(stay, env=marked, stdout=subprocess.PIPE)
+apart = subprocess.Popen(stay, env=marked, stdout=subprocess.PIPE, start_new_session=True)
+below.stdout.readline(), apart.stdout.readline()
+print(value, below.pid, apart.pid, flush=True)
+signal.pause()
 """
-"""Stands for an agent: a server that imports the guardian, and a worker in a session of its own."""
+"""Stands for an agent, with a process in its own session and one in another."""
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
@@ -46,11 +47,13 @@ def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
 
 
 @contextlib.contextmanager
-def started(*command: str, mark: str | None = None, own_group: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """A process that has printed its first line, and that does not outlive the test."""
-    environment = {name: value for name, value in os.environ.items() if name != MARK_VARIABLE}
+def started(
+    *command: str, mark: str | None = None, own_group: bool = False, **variables: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the test."""
+    environment = {name: value for name, value in os.environ.items() if name != MARK_VARIABLE} | variables
     if mark is not None:
-        environment[MARK_VARIABLE] = mark
+        environment[MARK_VARIABLE] = mark.partition("=")[2]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=own_group)
     try:
         yield process
@@ -75,14 +78,18 @@ def runs(pid: int) -> bool:
         return False
 
 
+def mark_of(*parts: object) -> str:
+    return f"{MARK_VARIABLE}=" + os.pathsep.join(map(str, parts))
+
+
 def test_processes_with_the_mark_are_found_and_no_others(tmp_path: Path) -> None:
     """The whole value counts: not a longer one, not a shorter one, not another variable, not this process."""
-    mark = f"{os.getpid()}:{tmp_path}"
+    mark = mark_of(os.getpid(), tmp_path)
     with (
         started(*SLEEPER, mark=mark) as one,
         started(*SLEEPER, mark=mark, own_group=True) as other,
         started(*SLEEPER, mark=f"{mark}/deeper") as longer,
-        started(*SLEEPER, mark=str(os.getpid())) as shorter,
+        started(*SLEEPER, mark=mark_of(os.getpid())) as shorter,
         started(*SLEEPER) as plain,
     ):
         for process in (one, other, longer, shorter, plain):
@@ -93,7 +100,7 @@ def test_processes_with_the_mark_are_found_and_no_others(tmp_path: Path) -> None
 
 def test_what_a_marked_process_starts_is_marked_too(tmp_path: Path) -> None:
     """Data loaders of a worker are found, whatever group or session they are in."""
-    mark = f"1:{tmp_path}"
+    mark = mark_of(1, tmp_path)
     with started("sh", "-c", "setsid sleep 600 & echo $!; wait", mark=mark) as parent:
         child = int(first_line(parent))
         try:
@@ -102,52 +109,130 @@ def test_what_a_marked_process_starts_is_marked_too(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
 
 
-def test_importing_it_elsewhere_leaves_no_process(tmp_path: Path) -> None:
-    """Without a mark, and in workers, whose parent is not the agent, nothing is started."""
-    another = f"1:{tmp_path}"
-    code = f"""
-import importlib, os
-{IMPORT} as guardian
-for mark in ("", "{another}"):
-    os.environ["{MARK_VARIABLE}"] = mark
-    importlib.reload(guardian)
-try:
-    os.waitpid(-1, os.WNOHANG)
-    print("a child")
-except ChildProcessError:
-    print("no child", guardian.marked_processes("{another}"))
-"""
-    with started(sys.executable, "-c", code, mark=another) as process:
-        # It carries the mark, and leaves itself out: the watcher must not kill itself.
-        assert first_line(process) == "no child set()"
-
-
-@pytest.mark.parametrize("victim", ["agent", "server"])
-def test_nothing_is_left_of_an_agent_that_is_killed(victim: str, tmp_path: Path) -> None:
-    """When the agent or its server is gone, all marked processes are killed and the agent's folders removed."""
-    folders = [tmp_path / "logs", tmp_path / "results"]
-    for folder in folders:
-        folder.mkdir()
-        (folder / "file").write_text("x")
-    another = tmp_path / "another's"
-    another.mkdir()
-    with started(*SLEEPER) as bystander, started(sys.executable, "-c", AGENT, *map(str, folders)) as agent:
-        assert first_line(bystander) == "ready"
-        mark, server, worker = first_line(agent).split()
-        assert marked_processes(mark) > {int(server), int(worker)}
-        assert all(folder.exists() for folder in folders)
-
+def test_what_dead_processes_left_behind_is_told_from_what_belongs_to_the_agent(tmp_path: Path) -> None:
+    """Marked processes that are no longer below the agent; killed, they are gone, and the others are not touched."""
+    mark = mark_of(os.getpid(), tmp_path)
+    with (
+        started(*SLEEPER, mark=mark) as below,
+        started(*SLEEPER) as plain,
+        started("sh", "-c", "setsid sleep 600 >&- & echo $!", mark=mark) as gone,
+        started("sh", "-c", "setsid sleep 600 >&- & echo $!") as gone_unmarked,
+    ):
+        assert first_line(below) == first_line(plain) == "ready"
+        stray, unmarked = int(first_line(gone)), int(first_line(gone_unmarked))
         try:
-            os.kill(agent.pid if victim == "agent" else int(server), signal.SIGKILL)
+            gone.wait(30)
+            gone_unmarked.wait(30)
+            assert strays(mark, os.getpid()) == {stray}
+            kill_all(lambda: strays(mark, os.getpid()))
+            until(lambda: not runs(stray))
+            assert all(runs(process) for process in (below.pid, plain.pid, unmarked))
+        finally:
+            os.kill(unmarked, signal.SIGKILL)
+
+
+def test_killing_is_given_up_where_it_does_not_help() -> None:
+    """A process in the kernel's hands does not end; whoever waits for its end is not held up for ever."""
+    with started(*SLEEPER) as process:
+        kill_all(lambda: {process.pid}, timeout_s=0.1)
+        assert process.wait(30) == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def guarded(tmp_path: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str, set[int], list[Path]]]:
+    """An agent with its mark, what is marked, and its folders, which nothing of survives the test."""
+    folders = [tmp_path / "logs", tmp_path / "results"]
+    with started(sys.executable, "-c", AGENT, *map(str, folders), **variables) as agent:
+        value, *marked = first_line(agent).split()
+        mark = f"{MARK_VARIABLE}={value}"
+        for folder in folders:
+            folder.mkdir()
+            (folder / "file").write_text("x")
+        assert marked_processes(mark) == set(map(int, marked))
+        try:
+            yield agent, mark, set(map(int, marked)), folders
+        finally:
+            agent.kill()
             until(lambda: not any(folder.exists() for folder in folders))
             until(lambda: not marked_processes(mark))
-            assert not runs(int(server))
-            assert not runs(int(worker))
+
+
+def test_nothing_is_left_of_an_agent_that_is_killed(tmp_path: Path) -> None:
+    """All marked processes are killed and the agent's folders removed; nothing else is touched."""
+    another = tmp_path / "another's"
+    another.mkdir()
+    with started(*SLEEPER) as bystander:
+        assert first_line(bystander) == "ready"
+        with guarded(tmp_path) as (agent, _, marked, folders):
+            agent.kill()
+            until(lambda: not any(folder.exists() for folder in folders))
+            assert not any(runs(pid) for pid in marked)
             assert runs(bystander.pid)
-        finally:
-            for left in marked_processes(mark):
-                os.kill(left, signal.SIGKILL)
-        assert another.exists()
+    assert another.exists()
+
+
+def test_a_guardian_ends_with_its_work(tmp_path: Path) -> None:
+    """Also where the agent was killed before it had made its folders. Without a raylet to watch it does as well."""
+    with started(sys.executable, "-c", AGENT, str(tmp_path / "never")) as agent:
+        value, *marked = first_line(agent).split()
+        agent.kill()
+        until(lambda: not any(runs(int(pid)) for pid in marked))
+        until(lambda: not guardians(value))
+
+
+def guardians(value: str) -> list[Path]:
+    """Processes with a mark among their arguments."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARK_VARIABLE}={value}".encode() in (process / "cmdline").read_bytes().split(b"\0"):
+                found.append(process)
+    return found
+
+
+def now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@pytest.mark.parametrize("state", ["runs", "stopped"])
+def test_an_agent_whose_lease_has_ended_is_killed_with_all_of_it(state: str, tmp_path: Path) -> None:
+    """Also one that cannot act itself any more. As long as the lease is extended, nothing happens."""
+    with guarded(tmp_path) as (agent, _, marked, folders):
+        with HeartbeatPage.create(folders[0] / PAGE_NAME, 1) as page:
+            first = now() + 1
+            page.extend_lease(first)
+            page.extend_lease(now() + 60)
+            until(lambda: now() > first + 1)
+            assert agent.poll() is None
+            assert all(runs(pid) for pid in marked)
+            if state == "stopped":
+                agent.send_signal(signal.SIGSTOP)
+            page.extend_lease(now() - 1)
+            assert agent.wait(30) == -signal.SIGKILL
+        until(lambda: not any(runs(pid) for pid in marked))
+        until(lambda: not any(folder.exists() for folder in folders))
+
+
+def test_an_agent_ends_with_its_raylet(tmp_path: Path) -> None:
+    """Also one that is stopped."""
+    with (
+        started(*SLEEPER) as raylet,
+        guarded(tmp_path, **{RAYLET_VARIABLE: str(raylet.pid)}) as (agent, _, marked, _),
+    ):
+        agent.send_signal(signal.SIGSTOP)
+        assert runs(agent.pid)
+        raylet.kill()
+        assert agent.wait(30) == -signal.SIGKILL
+        until(lambda: not any(runs(pid) for pid in marked))
+
+
+@pytest.mark.parametrize("raylet", ["not a number", str(2**22 + 1)])
+def test_a_raylet_that_cannot_be_watched_is_done_without(raylet: str, tmp_path: Path) -> None:
+    """As from another PID namespace."""
+    with guarded(tmp_path, **{RAYLET_VARIABLE: raylet}) as (agent, _, marked, folders):
+        agent.kill()
+        until(lambda: not any(folder.exists() for folder in folders))
+        assert not any(runs(pid) for pid in marked)
 
 
 def test_a_signal_goes_to_the_whole_group_of_a_worker() -> None:

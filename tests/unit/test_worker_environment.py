@@ -54,6 +54,7 @@ def test_variables_are_carried_by_shell_patterns(patterns: tuple[str, ...], name
         *("PATH", "HOME", "PWD", "TMPDIR", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"),
         *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
         *("LD_LIBRARY_PATH", "PYTHONPATH", "HOSTNAME", "RAY_ADDRESS", "PET_NNODES", "TORCHELASTIC_RUN_ID"),
+        *("KFPYTORCH_RAY_AGENT", "KFPYTORCH_RAY_HEARTBEAT"),
     ],
 )
 def test_some_variables_never_travel(name: str) -> None:

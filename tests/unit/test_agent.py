@@ -1,0 +1,482 @@
+"""An agent without Ray: a plain class in a process of its own, with real workers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfpytorch_ray.cluster.pickling import load_parts
+from kfpytorch_ray.cluster.protocol import (
+    AgentSetup,
+    NodePulse,
+    NodeReport,
+    RoundAssignment,
+    SupervisorLostError,
+)
+from kfpytorch_ray.cluster.spool import parts_of
+from kfpytorch_ray.cluster.stacks import find_py_spy
+from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.payload import dump_payload
+from kfpytorch_ray.plan import Contract, FlyteContext
+from kfpytorch_ray.results import Outcome, RankRecord
+
+ADDRESS = "127.0.0.1"
+
+HOST = """
+import os, sys, threading
+from multiprocessing.connection import Connection
+from kfpytorch_ray.cluster.agent import ElasticAgent
+
+connection = Connection(int(sys.argv[1]))
+agent = ElasticAgent(connection.recv(), "127.0.0.1")
+sending = threading.Lock()
+
+def serve(number, method, args):
+    try:
+        answer = True, getattr(agent, method)(*args)
+    except BaseException as error:
+        answer = False, error
+    with sending:
+        connection.send((number, *answer))
+
+while True:
+    try:
+        request = connection.recv()
+    except EOFError:
+        os._exit(0)
+    threading.Thread(target=serve, args=request, daemon=True).start()
+"""
+"""Stands for Ray's actor: calls arrive at any time, each has a thread."""
+
+
+@dataclass
+class Agent:
+    """The other end of an agent's process."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    folder: Path
+    names: set[str] = field(default_factory=set)
+    rounds: Iterator[int] = field(default_factory=itertools.count)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _answers: dict[int, Future[Any]] = field(default_factory=dict)
+
+    def start(self, method: str, *args: Any) -> Future[Any]:
+        number = next(self._numbers)
+        answer = self._answers[number] = Future()
+        self.connection.send((number, method, args))
+        return answer
+
+    def call(self, method: str, *args: Any) -> Any:
+        return self.start(method, *args).result(60)
+
+    def listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                number, good, value = self.connection.recv()
+                if good:
+                    self._answers[number].set_result(value)
+                else:
+                    self._answers[number].set_exception(value)
+
+    def start_round(self, *functions: str) -> tuple[int, Future[NodeReport]]:
+        """One round with these bodies of functions, by rank."""
+        index = next(self.rounds)
+        for old in self.folder.glob("said-*"):
+            old.unlink()
+        for rank, body in enumerate(functions):
+            (self.folder / f"rank-{rank}").write_text(textwrap.dedent(body))
+        port = self.call("open_store")
+        return index, self.start("run_round", RoundAssignment(index, 0, 0, 1, ADDRESS, port))
+
+    def run(self, *functions: str) -> tuple[RankRecord, ...]:
+        """The same, to its end."""
+        ranks: tuple[RankRecord, ...] = self.start_round(*functions)[1].result(60).ranks
+        return ranks
+
+    def said(self, name: str) -> str:
+        """What a worker has written to a file of this name, once it is there."""
+        path = self.folder / f"said-{name}"
+        until(path.exists)
+        return path.read_text()
+
+    def under(self) -> set[int]:
+        """All processes under the agent, itself included."""
+        return {pid for pid in all_processes() if self.process.pid in ancestry(pid)}
+
+    def page(self) -> Path:
+        (path,) = self.folder.glob(f"kfpytorch_ray-*/{PAGE_NAME}")
+        return path
+
+    def folders(self) -> set[Path]:
+        """What there is of its folders: one of its name wherever it has any."""
+        self.names |= {path.name for path in self.folder.glob("kfpytorch_ray-*")}
+        paths = {Path(parent, name) for parent in (self.folder, "/dev/shm") for name in self.names}
+        return {path for path in paths if path.exists()}
+
+
+def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+    """Wait for a condition; give up after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail("the condition did not come true")
+        pause.wait(0.01)
+
+
+def all_processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+def stat(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["X", "0"]
+
+
+def runs(pid: int) -> bool:
+    return stat(pid)[0] not in "ZX"
+
+
+def ancestry(pid: int) -> set[int]:
+    line = set()
+    while pid:
+        line.add(pid)
+        pid = int(stat(pid)[1])
+    return line
+
+
+def call_of_a_file(folder: str) -> Callable[[], Any]:
+    """What every rank runs: the body of a function that lies in a file, so that one agent serves many tests."""
+
+    def call() -> Any:
+        import os
+        import textwrap
+        import time
+        from pathlib import Path
+
+        rank = os.environ["RANK"]
+        body = Path(folder, f"rank-{rank}").read_text()
+        head = "import os, signal, socket, subprocess, sys, time\nimport kfpytorch_ray\n"
+
+        def say(name: str, text: object) -> None:
+            partial = Path(folder, f"saying-{name}")
+            partial.write_text(str(text))
+            partial.rename(Path(folder, f"said-{name}"))
+
+        def hear(name: str) -> None:
+            while not Path(folder, f"said-{name}").exists():
+                time.sleep(0.01)
+
+        names: dict[str, Any] = {"say": say, "hear": hear, "rank": int(rank)}
+        exec(f"{head}def function():\n{textwrap.indent(body, '    ')}", names)
+        return names["function"]()
+
+    return call
+
+
+@contextlib.contextmanager
+def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
+    """An agent that has loaded everything."""
+    payload = dump_payload(call_of_a_file(str(folder)))
+    settings: dict[str, Any] = {
+        "name": "test",
+        "run_id": "run",
+        "nproc_per_node": 2,
+        "contract": Contract.TORCHRUN,
+        "environment": {},
+        "sys_path": tuple(sys.path),
+        "working_directory": str(folder),
+        "preload": (),
+        "flyte": FlyteContext(str(folder)),
+        "payload_sha256": hashlib.sha256(payload).hexdigest(),
+        "driver_address": ADDRESS,
+        "max_restarts": 0,
+        "monitor_interval_s": 60.0,
+        "stop_grace_s": 1.0,
+        "silence_timeout_s": 3600.0,
+    }
+    ours, theirs = Pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOST, str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+    theirs.close()
+    agent = Agent(process, ours, folder)
+    listener = threading.Thread(target=agent.listen, daemon=True)
+    listener.start()
+    try:
+        ours.send(AgentSetup(**{**settings, **changes}))
+        agent.call("load", payload)
+        assert len(agent.folders()) == 2
+        yield agent
+    finally:
+        process.kill()
+        process.wait()
+        listener.join()
+        ours.close()
+        until(lambda: not agent.folders())
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+    """One for all tests that leave it alive."""
+    with agent_in(tmp_path_factory.mktemp("agent")) as started:
+        yield started
+
+
+def value_of(spooled: Any) -> Any:
+    return load_parts(parts_of(spooled)).return_value
+
+
+FOREVER = "time.sleep(600)"
+
+
+def test_results_come_after_a_first_element_that_is_true(agent: Agent) -> None:
+    """It lets a caller ask whether the call failed without fetching a result; each result is handed out once."""
+    one, other = agent.run("return rank * 10", "return rank * 10")
+    assert (one.outcome, other.outcome) == (Outcome.SUCCEEDED, Outcome.SUCCEEDED)
+    first, *results = agent.call("collect")
+    assert first is True
+    assert [value_of(result) for result in results] == [0, 10]
+    assert agent.call("collect") == (True, None, None)
+
+
+def test_records_say_how_far_a_rank_came(agent: Agent) -> None:
+    """Whether it told of progress and the last step that it told; the next round knows nothing of it."""
+    one, other = agent.run("kfpytorch_ray.progress(3); kfpytorch_ray.progress(4)", "return None")
+    assert (one.progressed, one.step) == (True, 4)
+    assert (other.progressed, other.step) == (False, None)
+    assert {(rank.progressed, rank.step) for rank in agent.run("return None", "return None")} == {(False, None)}
+
+
+def test_a_rank_that_leaves_when_it_is_asked_to_has_not_succeeded(agent: Agent) -> None:
+    """It has been told, so what it returns is no result; one that was not told has finished."""
+    listening = """
+        while not kfpytorch_ray.stop_requested():
+            say(f"asked-{rank}", "")
+            time.sleep(0.01)
+        return "early"
+    """
+    index, ending = agent.start_round(listening, "say('deaf', ''); return 'done'")
+    agent.said("asked-0")
+    assert not agent.call("request_stop", index + 1)
+    assert agent.call("request_stop", index)
+    early, done = ending.result(60).ranks
+    assert (early.outcome, early.message) == (Outcome.STOPPED, "left after it was asked to stop")
+    assert done.outcome is Outcome.SUCCEEDED
+    assert not agent.call("request_stop", index)
+
+
+def test_nobody_listens_who_has_not_asked(agent: Agent) -> None:
+    """Then there is nobody to wait for: the controller stops the round at once."""
+    index, ending = agent.start_round(f"say('up-0', ''); {FOREVER}", f"say('up-1', ''); {FOREVER}")
+    agent.said("up-0")
+    agent.said("up-1")
+    assert not agent.call("request_stop", index)
+    agent.call("stop_round", index)
+    assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
+
+
+def test_a_pulse_is_answered_while_everything_else_waits(agent: Agent) -> None:
+    """It says which round runs, how long nobody made progress, and whether a worker listens."""
+    idle: NodePulse = agent.call("pulse")
+    assert (idle.round_index, idle.idle_s, idle.listening) == (None, 0.0, False)
+    index, ending = agent.start_round(
+        f"kfpytorch_ray.stop_requested(); say('pulse', ''); {FOREVER}",
+        "while time.sleep(0.01) is None: kfpytorch_ray.progress(1)",
+    )
+    failure = agent.start("wait_for_failure", index)
+    agent.said("pulse")
+    busy: NodePulse = agent.call("pulse")
+    assert (busy.round_index, busy.listening) == (index, True)
+    assert busy.idle_s < 60
+    agent.call("stop_round", index)
+    assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
+    assert failure.result(60) is False
+
+
+def test_an_agent_lives_on_from_what_its_controller_is_known_to_have_heard(agent: Agent) -> None:
+    """A pulse says that the answer before it arrived: the lease counts from that answer, not from the pulse."""
+    clock, timeout_s = time.CLOCK_BOOTTIME, 3600.0
+    with HeartbeatPage.open(agent.page()) as page:
+        agent.call("pulse")
+        answered_at = time.clock_gettime(clock)
+        until(lambda: time.clock_gettime(clock) > answered_at + 0.1)
+        agent.call("pulse")
+        assert answered_at - 60 < page.lease_until - timeout_s <= answered_at
+        agent.call("pulse")
+        assert page.lease_until - timeout_s > answered_at + 0.1
+
+
+def test_the_stacks_of_ranks_that_hang_are_kept(agent: Agent) -> None:
+    """Also of those in C code; the rank that stopped first comes first, and what was being done is named."""
+    index, ending = agent.start_round(
+        """
+        def waits_for_a_peer():
+            one, other = socket.socketpair()
+            say("hung-0", "")
+            other.recv(1)
+        kfpytorch_ray.progress(7)
+        waits_for_a_peer()
+        """,
+        """
+        def sleeps_in_c():
+            say("hung-1", "")
+            time.sleep(600)
+        hear("hung-0")
+        kfpytorch_ray.progress(8)
+        sleeps_in_c()
+        """,
+    )
+    agent.said("hung-1")
+    agent.call("stop_round", index, True)
+    one, other = ending.result(60).ranks
+    assert (one.outcome, other.outcome) == (Outcome.HUNG, Outcome.HUNG)
+    assert one.message.startswith("made no progress for ")
+    assert one.message.endswith(" s (last step 7)")
+    assert "waits_for_a_peer" in one.stacks
+    assert "sleeps_in_c" in other.stacks
+    assert one.timestamp < other.timestamp
+    if find_py_spy():
+        assert "py-spy:\nProcess " in one.stacks
+
+
+def test_who_ended_before_a_hang_was_noticed_keeps_that_end(agent: Agent) -> None:
+    """Only ranks that still run hang. A rank that never told of a step is idle since the round began."""
+    index, ending = agent.start_round("say('gone', os.getpid()); return None", f"say('left', ''); {FOREVER}")
+    agent.said("left")
+    until(lambda: not runs(int(agent.said("gone"))))
+    agent.call("stop_round", index, True)
+    one, other = ending.result(60).ranks
+    assert (one.outcome, one.stacks) == (Outcome.SUCCEEDED, "")
+    assert other.outcome is Outcome.HUNG
+    assert other.message.endswith("(no step was told)")
+
+
+def test_a_round_that_is_stopped_before_it_starts_has_no_workers(agent: Agent) -> None:
+    """Orders cross; the page shows no round afterwards."""
+    index = next(agent.rounds)
+    agent.rounds = itertools.count(index)
+    agent.call("stop_round", index)
+    _, ending = agent.start_round("say('never', '')", "say('never', '')")
+    assert {rank.message for rank in ending.result(60).ranks} == {"stopped before it started"}
+    assert agent.call("pulse").round_index is None
+    assert not (agent.folder / "said-never").exists()
+
+
+def test_who_is_stopped_can_ask_whether_it_is(agent: Agent) -> None:
+    """A handler of SIGTERM, and the loop that it interrupts, see the request; returning then is no success."""
+    polite = """
+        def handler(signum, frame):
+            say(f"handled-{rank}", kfpytorch_ray.stop_requested())
+        signal.signal(signal.SIGTERM, handler)
+        say(f"polite-{rank}", "")
+        while not kfpytorch_ray.stop_requested():
+            time.sleep(0.01)
+    """
+    index, ending = agent.start_round(polite, polite)
+    agent.said("polite-0")
+    agent.said("polite-1")
+    agent.call("stop_round", index)
+    assert {(rank.outcome, rank.exit_code) for rank in ending.result(60).ranks} == {(Outcome.STOPPED, 0)}
+    assert (agent.said("handled-0"), agent.said("handled-1")) == ("True", "True")
+
+
+def test_what_a_rank_started_ends_with_its_round(agent: Agent) -> None:
+    """Children in its group, in a session of their own, with or without an exec; the agent goes on."""
+    before = agent.under()
+    _, ending = agent.start_round(
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sleep = ["sh", "-c", "trap '' TERM; sleep 600"]
+        children = [subprocess.Popen(sleep).pid, subprocess.Popen(sleep, start_new_session=True).pid]
+        if (child := os.fork()) == 0:
+            os.setsid()
+            if (child := os.fork()) == 0:
+                say("grandchild", os.getpid())
+            time.sleep(600)
+        say("children", " ".join(map(str, [os.getpid(), *children, child])))
+        time.sleep(600)
+        """,
+        """
+        hear("children")
+        hear("grandchild")
+        raise ValueError("the others are to be stopped")
+        """,
+    )
+    deaf, raised = ending.result(60).ranks
+    assert raised.outcome is Outcome.RAISED
+    assert (deaf.outcome, deaf.exit_code) == (Outcome.STOPPED, -signal.SIGKILL)
+    started = [*map(int, agent.said("children").split()), int(agent.said("grandchild"))]
+    assert len(started) == 5
+    # Killed by now; what the kernel does with them after that takes a moment.
+    until(lambda: not any(runs(pid) for pid in started))
+    assert agent.under() == before
+    assert {rank.outcome for rank in agent.run("return None", "return None")} == {Outcome.SUCCEEDED}
+
+
+def test_a_rank_that_is_held_is_stopped_too(agent: Agent) -> None:
+    """A process that was stopped by a signal takes no other but SIGKILL until it goes on."""
+    index, ending = agent.start_round("say('held', os.getpid()); os.kill(os.getpid(), signal.SIGSTOP)", FOREVER)
+    held = int(agent.said("held"))
+    until(lambda: stat(held)[0] == "T")
+    agent.call("stop_round", index)
+    assert [rank.exit_code for rank in ending.result(60).ranks] == [-signal.SIGTERM, -signal.SIGTERM]
+
+
+def test_an_agent_that_never_hears_a_pulse_ends(tmp_path: Path) -> None:
+    """Its controller counts on it from when it has loaded, so its time runs from then on."""
+    with agent_in(tmp_path, silence_timeout_s=3.0) as agent:
+        assert agent.process.wait(60) == -signal.SIGKILL
+        until(lambda: not agent.folders())
+
+
+def test_shutdown_leaves_only_the_actor(tmp_path: Path) -> None:
+    """A round that runs is ended, files are removed, and the rest goes with the actor's process."""
+    with agent_in(tmp_path) as agent:
+        _, ending = agent.start_round(f"say('up', ''); {FOREVER}", FOREVER)
+        agent.said("up")
+        agent.call("shutdown")
+        assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
+        assert agent.folders() == set()
+        left = agent.under()
+        agent.process.kill()
+        agent.process.wait()
+        until(lambda: not any(runs(pid) for pid in left))
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "fork server"])
+def test_workers_do_not_outlive_who_would_stop_them(victim: str, tmp_path: Path) -> None:
+    """Of an agent whose supervisor or fork server was killed, nothing goes on: its successor may start at once."""
+    with agent_in(tmp_path) as agent:
+        _, ending = agent.start_round(f"hear('last'); say('up', os.getpid()); {FOREVER}", f"say('last', ''); {FOREVER}")
+        worker = int(agent.said("up"))
+        server = int(stat(worker)[1])
+        with HeartbeatPage.open(agent.page()) as beats:
+            workers = {beat.pid for beat in beats.read()}
+        (supervisor,) = {pid for pid in agent.under() if int(stat(pid)[1]) == server} - workers
+        os.kill(supervisor if victim == "supervisor" else server, signal.SIGKILL)
+        with pytest.raises(SupervisorLostError):
+            ending.result(60)
+        until(lambda: not any(runs(pid) for pid in {*agent.under(), worker} - {agent.process.pid}))
