@@ -8,7 +8,7 @@ from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.config import RayBackend, RestartPolicy
 
-_HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout"})
+_HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout", "last_call_timeout"})
 
 
 def find(config: JobConfig, options: RayBackend) -> Findings:
@@ -35,8 +35,22 @@ def _option_problems(options: RayBackend) -> list[str]:
             for name, amount in amounts.items()
             if not _is_amount(amount)
         ]
-    if not _is_amount(options.stop_grace_s):
-        problems.append("RayBackend(stop_grace_s) must be a number of seconds that is not negative")
+    problems += [
+        f"RayBackend({name}) must be a number of seconds that is not negative"
+        for name in ("stop_grace_s", "checkpoint_grace_s", "grow_cooldown_s")
+        if not _is_amount(getattr(options, name))
+    ]
+    problems += [
+        f"RayBackend({name}) must be a number of seconds greater than 0"
+        for name, value in (
+            ("silence_timeout_s", options.silence_timeout_s),
+            ("hang_timeout_s", options.hang_timeout_s),
+        )
+        if not (_is_amount(value) and value) and not (name == "hang_timeout_s" and value is None)
+    ]
+    failures = options.max_node_failures
+    if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
+        problems.append("RayBackend(max_node_failures) must be a whole number that is not negative")
     environment = options.env
     if not (
         isinstance(environment, dict) and all(isinstance(text, str) for pair in environment.items() for text in pair)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.results import ElasticResult
 
 if TYPE_CHECKING:
-    from kfpytorch_ray.cluster.placement import Place
+    from kfpytorch_ray.cluster.demand import Demand
+    from kfpytorch_ray.cluster.limits import Limits
     from kfpytorch_ray.cluster.protocol import AgentSetup
 
 INSTALL = "pip install 'ray[default]'"
@@ -34,14 +35,14 @@ class RayRequest:
 
     Attributes:
         setup: What every agent is given.
-        first: Resources of node 0.
-        other: Resources of every other node.
+        demand: The nodes.
+        limits: What bounds it.
         payload: The pickled call.
     """
 
     setup: AgentSetup
-    first: Mapping[str, float]
-    other: Mapping[str, float]
+    demand: Demand
+    limits: Limits
     payload: bytes
 
 
@@ -73,7 +74,9 @@ class RayAdapter:
         Raises:
             PayloadError: The function or an input cannot be pickled.
         """
+        from kfpytorch_ray.cluster.demand import Demand
         from kfpytorch_ray.cluster.environment import launch_environment
+        from kfpytorch_ray.cluster.limits import Budgets, Limits
         from kfpytorch_ray.cluster.protocol import AgentSetup
 
         options = self._options
@@ -94,13 +97,24 @@ class RayAdapter:
                 preload=tuple(options.preload),
                 flyte=plan.flyte,
                 payload_sha256=hashlib.sha256(payload).hexdigest(),
-                upload_files=False,
+                driver_address="",
                 max_restarts=plan.max_restarts,
                 monitor_interval_s=plan.monitor_interval_s,
                 stop_grace_s=options.stop_grace_s,
+                silence_timeout_s=options.silence_timeout_s,
             ),
-            first=first,
-            other=resources,
+            demand=Demand(first, resources, plan.min_nodes, plan.max_nodes),
+            limits=Limits(
+                min_nodes=plan.min_nodes,
+                max_nodes=plan.max_nodes,
+                budgets=Budgets(plan.max_restarts, options.max_node_failures),
+                join_timeout_s=plan.join_timeout_s,
+                arrival_window_s=plan.arrival_window_s,
+                deadline_s=plan.deadline_s,
+                checkpoint_grace_s=options.checkpoint_grace_s,
+                grow_cooldown_s=options.grow_cooldown_s,
+                hang_timeout_s=options.hang_timeout_s,
+            ),
             payload=payload,
         )
 
@@ -115,21 +129,19 @@ class RayAdapter:
         """
         require_package("ray", "ray", INSTALL)
         from kfpytorch_ray.cluster.connect import connected
-        from kfpytorch_ray.cluster.controller import Controller, agents_on
+        from kfpytorch_ray.cluster.controller import Controller
         from kfpytorch_ray.cluster.fetching import Fetcher
-        from kfpytorch_ray.cluster.placement import Demand, reserved
+        from kfpytorch_ray.cluster.membership import agents_on
+        from kfpytorch_ray.cluster.placement import reserved
 
         request = self.build(plan)
-        timeout_s = plan.join_timeout_s
-        demand = Demand(request.first, request.other, plan.min_nodes, plan.max_nodes)
+        demand = request.demand
         with (
             connected(self._options, demand.total(plan.max_nodes)) as private,
-            reserved(
-                demand, private=private, autoscaling=self._options.autoscaling, timeout_s=timeout_s, name=plan.name
-            ) as places,
-            agents_on(places, setup := _placed(request.setup, places, private), request.payload, timeout_s) as agents,
+            reserved(demand, private=private, autoscaling=self._options.autoscaling) as reservation,
+            agents_on(reservation, setup := _joined(request, private), request.payload, plan.min_nodes) as membership,
         ):
-            controller = Controller(agents, places, setup, plan.deadline_s)
+            controller = Controller(membership, setup, request.limits)
             refs = controller.run()
         return ElasticResult(tuple(range(len(refs))), Fetcher(refs), controller.rounds)
 
@@ -139,17 +151,18 @@ def _search_path(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(os.path.abspath(path) for path in (*sys.path, *([root] if root else []))))
 
 
-def _placed(setup: AgentSetup, places: Sequence[Place], private: bool) -> AgentSetup:
-    """What follows from where the nodes are."""
+def _joined(request: RayRequest, private: bool) -> AgentSetup:
+    """What follows from which Ray it is."""
     from kfpytorch_ray.cluster.environment import one_thread_each
     from kfpytorch_ray.cluster.placement import driver_address
 
+    setup = request.setup
     # On a Ray of our own all nodes share this machine's cores.
-    workers = setup.nproc_per_node * (len(places) if private else 1)
+    workers = setup.nproc_per_node * (request.demand.max_nodes if private else 1)
     return replace(
         setup,
         environment=one_thread_each(setup.environment, workers),
         # Elsewhere it is the folder that Ray unpacked, or the node's own.
         working_directory=os.getcwd() if private else "",
-        upload_files=places[0].address != driver_address(),
+        driver_address=driver_address(),
     )

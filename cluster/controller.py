@@ -1,75 +1,57 @@
-"""The controller: runs rounds on all agents until one succeeds or the budget is spent. Lives in the driver.
+"""The controller: runs rounds on the agents that are there until one succeeds or a budget is spent. In the driver.
 
-It sees every node, so ranks, restarts and the root cause are decided once. It obeys kfpytorch_ray.cluster.policy and
-knows agents as Ray actor handles only; no interval and no polling is in it.
+It sees every node, so ranks, restarts and the root cause are decided once. What follows from a round it asks
+kfpytorch_ray.cluster.policy, who is there kfpytorch_ray.cluster.membership.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayError
 
-from kfpytorch_ray.cluster.agent import ElasticAgent
+from kfpytorch_ray.cluster.causes import failures, root_cause
 from kfpytorch_ray.cluster.failures import launch_error
-from kfpytorch_ray.cluster.placement import Place
-from kfpytorch_ray.cluster.policy import Decision, decide, root_cause
-from kfpytorch_ray.cluster.protocol import AgentSetup, NodeReport, RoundAssignment, SupervisorLostError
-from kfpytorch_ray.errors import DeadlineExceededError, LaunchError, NodeLostError, explain
-from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord
+from kfpytorch_ray.cluster.limits import Limits, Spent
+from kfpytorch_ray.cluster.membership import Loss, Member, Membership
+from kfpytorch_ray.cluster.policy import Finish, Present, Raise, Reason, Retry, Wait, decide, node_ranks
+from kfpytorch_ray.cluster.protocol import AgentSetup
+from kfpytorch_ray.cluster.rounds import Round
+from kfpytorch_ray.errors import LaunchError, NodeLostError, PlacementTimeoutError, explain
+from kfpytorch_ray.results import RoundRecord
 
 logger = logging.getLogger(__name__)
 
-_AGENT_THREADS = 8
-"""Calls that an agent answers at once: the round, the wait for its failure, and beside them stop and shutdown."""
-_END_WAIT_S = 30.0
-"""Longest wait for an agent to stop its workers and remove its files, beyond the grace."""
-
-
-@contextlib.contextmanager
-def agents_on(places: Sequence[Place], setup: AgentSetup, payload: bytes, timeout_s: float) -> Iterator[list[Any]]:
-    """Start one agent on each place, warm and with the payload; they and their workers end with the context.
-
-    Raises:
-        LaunchError: An agent did not start.
-    """
-    handles: list[Any] = []
-    try:
-        handles += [_start_agent(place, setup) for place in places]
-        shared = ray.put(payload)
-        try:
-            ray.get([handle.load.remote(shared) for handle in handles], timeout=timeout_s)
-        except (RayError, GetTimeoutError) as error:
-            raise _start_failed(error, setup.name) from error
-        yield handles
-    finally:
-        _end(handles, setup.stop_grace_s)
+REPORT_INTERVAL_S = 10.0
+"""How often a launch that waits says why."""
+_TICK_S = 1.0
+_START_TICK_S = 0.05
+_START_S = 10.0
+"""How long a wait for nodes looks again and again without a pause that is worth the name."""
 
 
 class Controller:
-    """One launch on a fixed set of agents.
+    """One launch.
 
     Args:
-        agents: Handles by node rank.
-        places: Where they are.
+        membership: Its agents.
         setup: What they were given.
-        deadline_s: Longest time for all rounds; None without one.
+        limits: What bounds it.
     """
 
-    def __init__(
-        self, agents: Sequence[Any], places: Sequence[Place], setup: AgentSetup, deadline_s: float | None
-    ) -> None:
-        self._agents = agents
-        self._places = places
+    def __init__(self, membership: Membership, setup: AgentSetup, limits: Limits) -> None:
+        self._membership = membership
         self._setup = setup
-        self._deadline_s = deadline_s
-        self._deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        self._limits = limits
+        self._spent = Spent()
+        self._losses: list[Loss] = []
+        self._ranks: dict[int, int] = {}
+        self._deadline = math.inf
         self.rounds: tuple[RoundRecord, ...] = ()
 
     def run(self) -> list[ray.ObjectRef[Any]]:
@@ -79,189 +61,145 @@ class Controller:
             A reference to every rank's spooled result, by rank.
 
         Raises:
-            LaunchError: As the budget, the deadline or the kind of failure says.
+            PlacementTimeoutError: The nodes were not there within the join timeout.
+            LaunchError: As a budget, the deadline or the kind of failure says.
         """
-        restarts = 0
+        try:
+            return self._run()
+        except RayError as error:
+            message = explain(
+                f"{self._setup.name}: Ray failed, and the launch with it.",
+                " ".join(str(error).split()),
+                "Look whether the cluster's head still runs; run the task again when it does.",
+            )
+            raise NodeLostError(message, time.time(), self.rounds) from error
+
+    def _run(self) -> list[ray.ObjectRef[Any]]:
+        self._gather(self._limits.arrival_window_s)
+        self._membership.settled = True
+        if self._limits.deadline_s is not None:
+            self._deadline = time.monotonic() + self._limits.deadline_s
+        agents = node_ranks(self._present())
         while True:
-            ended = self._run_round(len(self.rounds), restarts)
-            self.rounds = (*self.rounds, ended)
-            if self._seconds_left() == 0 and not ended.succeeded:
-                raise self._deadline_passed()
-            match decide(ended, restarts, self._setup.max_restarts):
-                case Decision.FINISH:
-                    return self._collect()
-                case Decision.RESTART:
-                    restarts += 1
-                    cause = root_cause(ended)
-                    logger.warning(
-                        "%s: rank %s on %s: %s. Restart %s of %s.",
-                        self._setup.name,
-                        cause.rank,
-                        cause.node,
-                        cause.message,
-                        restarts,
-                        self._setup.max_restarts,
-                    )
-                case Decision.RAISE:
-                    error = launch_error(self._setup.name, self.rounds, self._setup.max_restarts)
+            refs = self._run_round(self._crew(agents))
+            self._membership.part_with_drained()
+            losses = self._take_losses()
+            match decide(self.rounds, losses, self._spent, self._limits.budgets, self._present()):
+                case Finish():
+                    assert refs is not None
+                    return refs
+                case Retry(agents, spent):
+                    self._say_why(spent)
+                    self._spent = spent
+                case Wait(spent):
+                    self._say_why(spent)
+                    self._spent = spent
+                    self._gather(0.0)
+                    agents = node_ranks(self._present())
+                case Raise(reason, spent):
+                    error = self._failure(reason, spent)
                     raise error from error.__cause__
 
-    def _run_round(self, index: int, restarts: int) -> RoundRecord:
-        started_at = time.time()
-        try:
-            port = ray.get(self._agents[0].open_store.remote())
-        except (RayActorError, SupervisorLostError) as error:
-            raise self._lost_between_rounds(0) from error
-        except RayTaskError as error:
-            raise self._agent_failed(0, error) from error
-        pending = {
-            agent.run_round.remote(
-                RoundAssignment(
-                    round_index=index,
-                    restart_count=restarts,
-                    node_rank=node_rank,
-                    node_count=len(self._agents),
-                    master_address=self._places[0].address,
-                    master_port=port,
+    def _crew(self, agents: Sequence[int]) -> list[Member]:
+        by_number = {member.number: member for member in self._membership.ready()}
+        crew = [by_number[number] for number in agents]
+        self._ranks = {number: node_rank for node_rank, number in enumerate(agents)}
+        return crew
+
+    def _present(self) -> Present:
+        ready = tuple(member.number for member in self._membership.ready())
+        return Present(ready, self._ranks, self._limits.min_nodes, self._limits.max_nodes)
+
+    def _take_losses(self) -> int:
+        losses = self._membership.take_losses()
+        self._losses += losses
+        for loss in losses:
+            logger.warning("%s: the agent on %s is lost: %s", self._setup.name, loss.address, loss.reason)
+        return sum(loss.charged for loss in losses)
+
+    def _gather(self, window_s: float) -> None:
+        """Wait until enough agents are ready, and a while longer for others that are on their way."""
+        began = time.monotonic()
+        reported = began
+        enough_since = math.inf
+        limits = self._limits
+        while True:
+            self._membership.refresh(now=True)
+            self._membership.part_with_drained()
+            now = time.monotonic()
+            self._charge(self._take_losses())
+            ready = len(self._membership.ready())
+            if ready >= limits.min_nodes:
+                enough_since = min(enough_since, now)
+                if ready >= limits.max_nodes or not self._membership.starting() or now - enough_since >= window_s:
+                    return
+            else:
+                enough_since = math.inf
+                if now >= self._deadline:
+                    error = self._failure(Reason.DEADLINE, self._spent)
+                    raise error from error.__cause__
+                if now - began >= limits.join_timeout_s:
+                    raise self._not_enough()
+                if now - reported >= REPORT_INTERVAL_S:
+                    reported = now
+                    logger.warning("%s waits for nodes. %s", self._setup.name, self._membership.waiting())
+            self._membership.wait(_TICK_S if now - began > _START_S else _START_TICK_S)
+
+    def _not_enough(self) -> LaunchError | PlacementTimeoutError:
+        limits = self._limits
+        timeout = f"{limits.join_timeout_s:g} s"
+        if not self.rounds:
+            return PlacementTimeoutError(
+                explain(
+                    f"{self._setup.name}: {limits.min_nodes} nodes were not ready within {timeout}.",
+                    self._membership.waiting(),
+                    "Wait for other work to end, add nodes, ask for less, or raise rdzv_configs['join_timeout'].",
                 )
-            ): node_rank
-            for node_rank, agent in enumerate(self._agents)
-        }
-        failing = {agent.wait_for_failure.remote(index) for agent in self._agents}
-        reports: dict[int, NodeReport] = {}
-        stopped = False
-        while pending:
-            timeout_s = None if stopped else self._seconds_left()
-            (*ready,), _ = ray.wait([*pending, *failing], num_returns=1, timeout=timeout_s)
-            failed = not ready
-            for ref in ready:
-                if ref in failing:
-                    failing.remove(ref)
-                    failed = self._saw_failure(ref)
-                else:
-                    node_rank = pending.pop(ref)
-                    reports[node_rank] = self._report(ref, node_rank)
-                    failed = any(rank.outcome is not Outcome.SUCCEEDED for rank in reports[node_rank].ranks)
-            if failed and not stopped:
-                stopped = True
-                for agent in self._agents:
-                    agent.stop_round.remote(index)
-        return RoundRecord(
-            index=index,
-            world_size=len(self._agents) * self._setup.nproc_per_node,
-            nodes=tuple(place.address for place in self._places),
-            started_at=started_at,
-            ended_at=time.time(),
-            ranks=tuple(rank for node_rank in sorted(reports) for rank in reports[node_rank].ranks),
-        )
-
-    def _report(self, finished: Any, node_rank: int) -> NodeReport:
-        try:
-            report: NodeReport = ray.get(finished)
-        except RayActorError as error:
-            return self._lost(node_rank, str(error))
-        except SupervisorLostError:
-            return self._lost(node_rank, "its supervisor process died")
-        except RayTaskError as error:
-            raise self._agent_failed(node_rank, error) from error
-        return report
-
-    def _saw_failure(self, answered: Any) -> bool:
-        try:
-            return bool(ray.get(answered))
-        except RayError:
-            # The agent's report says so, too.
-            return True
-
-    def _agent_failed(self, node_rank: int, error: Exception) -> LaunchError:
+            )
+        lost = "; ".join(f"{loss.address}: {loss.reason}" for loss in self._losses) or "a node was drained"
         message = explain(
-            f"{self._setup.name}: the agent on node {node_rank} ({self._places[node_rank].address}) failed.",
-            str(error),
-            "This is most likely a bug of kfpytorch_ray: please report it with this message.",
-        )
-        return LaunchError(message, time.time(), self.rounds)
-
-    def _lost(self, node_rank: int, reason: str) -> NodeReport:
-        now = time.time()
-        nproc = self._setup.nproc_per_node
-        return NodeReport(
-            node_rank,
-            tuple(
-                RankRecord(
-                    rank=node_rank * nproc + local_rank,
-                    local_rank=local_rank,
-                    node_rank=node_rank,
-                    node=self._places[node_rank].address,
-                    outcome=Outcome.LOST,
-                    exit_code=None,
-                    timestamp=now,
-                    message=f"lost with its node: {reason}",
-                )
-                for local_rank in range(nproc)
-            ),
-        )
-
-    def _lost_between_rounds(self, node_rank: int) -> NodeLostError:
-        message = explain(
-            f"{self._setup.name}: the agent on node {node_rank} ({self._places[node_rank].address}) died.",
-            "It was lost between two rounds.",
-            "Run the task again; give it retries, because lost nodes are not replaced within a launch.",
+            f"{self._setup.name}: too few nodes are left, and no replacement came within {timeout}.",
+            f"{self._membership.waiting()} Lost: {lost}",
+            "Run the task again when there are nodes, ask for a range (nnodes='MIN:MAX') so that it goes on with "
+            "fewer, or raise rdzv_configs['join_timeout'].",
         )
         return NodeLostError(message, time.time(), self.rounds)
 
-    def _collect(self) -> list[ray.ObjectRef[Any]]:
-        nproc = self._setup.nproc_per_node
-        refs: list[ray.ObjectRef[Any]] = []
-        for agent in self._agents:
-            returned = agent.collect.options(num_returns=nproc).remote()
-            refs += returned if isinstance(returned, list) else [returned]
-        # Owned by this process from now on: they outlive the agents. Waits until they are stored, fetches nothing.
-        ray.wait(refs, num_returns=len(refs), fetch_local=False)
+    def _charge(self, lost: int) -> None:
+        self._spent = Spent(self._spent.restarts, self._spent.node_failures + lost)
+        if self._spent.node_failures > self._limits.budgets.max_node_failures:
+            error = self._failure(Reason.NODE_FAILURES_SPENT, self._spent)
+            raise error from error.__cause__
+
+    def _run_round(self, crew: Sequence[Member]) -> list[ray.ObjectRef[Any]] | None:
+        index = len(self.rounds)
+        running = Round(index, crew, self._spent.restarts, self._deadline, self._membership, self._setup, self._limits)
+        record, refs = running.run()
+        self.rounds = (*self.rounds, record)
         return refs
 
-    def _seconds_left(self) -> float | None:
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+    def _say_why(self, spent: Spent) -> None:
+        ended = self.rounds[-1]
+        budgets = self._limits.budgets
+        restarts = (spent.restarts, budgets.max_restarts)
+        if spent.restarts > self._spent.restarts:
+            if not failures(ended):
+                logger.warning("%s: %s. Restart %s of %s.", self._setup.name, ended.ending.value, *restarts)
+                return
+            cause = root_cause(ended)
+            logger.warning(
+                "%s: rank %s on %s: %s. Restart %s of %s.",
+                self._setup.name,
+                cause.rank,
+                cause.node,
+                cause.message,
+                *restarts,
+            )
+        elif spent.node_failures > self._spent.node_failures:
+            logger.warning(
+                "%s: lost nodes: %s of %s.", self._setup.name, spent.node_failures, budgets.max_node_failures
+            )
 
-    def _deadline_passed(self) -> DeadlineExceededError:
-        message = explain(
-            f"{self._setup.name} did not end within {self._deadline_s:g} s; all its workers were stopped.",
-            "RunPolicy(active_deadline_seconds=...) bounds the launch from its first round on.",
-            "Raise the deadline, or make the work shorter.",
-        )
-        return DeadlineExceededError(message, time.time(), self.rounds)
-
-
-def _start_agent(place: Place, setup: AgentSetup) -> Any:
-    amounts = dict(place.resources)
-    actor = ray.remote(ElasticAgent).options(
-        num_cpus=amounts.pop("CPU", 0),
-        num_gpus=amounts.pop("GPU", 0),
-        memory=amounts.pop("memory", None),
-        resources=amounts,
-        max_concurrency=_AGENT_THREADS,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, place.index),
-    )
-    return actor.remote(setup, place.address)
-
-
-def _start_failed(error: Exception, name: str) -> LaunchError:
-    message = explain(
-        f"{name}: an agent did not start.",
-        str(error),
-        "Check that every node has the same versions of Python, ray, torch, flytekit and kfpytorch_ray as the driver.",
-    )
-    if isinstance(error, RayActorError | GetTimeoutError):
-        return NodeLostError(message, time.time())
-    return LaunchError(message, time.time())
-
-
-def _end(agents: Sequence[Any], stop_grace_s: float) -> None:
-    """Stop all workers and end the agents; a second interrupt still kills them."""
-    try:
-        if endings := [agent.shutdown.remote() for agent in agents]:
-            ray.wait(endings, num_returns=len(endings), timeout=stop_grace_s + _END_WAIT_S)
-    finally:
-        for agent in agents:
-            # Its fork server notices the end of the agent, kills what is left and removes the files.
-            with contextlib.suppress(RayError):
-                ray.kill(agent)
+    def _failure(self, reason: Reason, spent: Spent) -> LaunchError:
+        losses = [f"{loss.address}: {loss.reason}" for loss in self._losses]
+        return launch_error(self._setup.name, self.rounds, reason, spent, self._limits.budgets, losses)

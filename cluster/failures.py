@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import pickle
+import re
+import time
+from collections.abc import Sequence
 
-from kfpytorch_ray.cluster.policy import alike, ending_cause, failures
-from kfpytorch_ray.errors import LaunchError, NodeLostError, RecoverableWorkerError, ResultError, WorkerFailedError
+from kfpytorch_ray.cluster.causes import alike, distributed, failures, root_cause
+from kfpytorch_ray.cluster.limits import Budgets, Spent
+from kfpytorch_ray.cluster.policy import Reason
+from kfpytorch_ray.errors import (
+    DeadlineExceededError,
+    LaunchError,
+    NodeLostError,
+    RecoverableWorkerError,
+    ResultError,
+    WorkerFailedError,
+    WorkerHungError,
+    explain,
+)
 from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord, Stage
+
+_MOST_STACKS = 4
+_TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 
 _SIGNAL_HINTS = {
     "SIGKILL": "Most often the kernel's out-of-memory killer: compare the node's memory with what the workers use.",
@@ -17,18 +34,53 @@ _SIGNAL_HINTS = {
 }
 
 
-def launch_error(name: str, rounds: tuple[RoundRecord, ...], max_restarts: int) -> LaunchError:
-    """The error of a launch whose last round failed.
+def launch_error(
+    name: str, rounds: tuple[RoundRecord, ...], reason: Reason, spent: Spent, budgets: Budgets, losses: Sequence[str]
+) -> LaunchError:
+    """The error of a launch that has failed.
 
     Args:
         name: Of the launch.
         rounds: All its rounds.
-        max_restarts: The restarts it was allowed.
+        reason: Why there is no other.
+        spent: What it has spent.
+        budgets: What it was allowed.
+        losses: Of agents and nodes: where, and what is known of it.
     """
-    cause = ending_cause(rounds[-1], len(rounds) - 1, max_restarts)
-    error = _error_class(cause)(_message(name, rounds, cause, max_restarts), cause.timestamp, rounds)
+    used = f"Restarts used: {spent.restarts} of {budgets.max_restarts} (max_restarts); nodes lost: "
+    used += f"{spent.node_failures} of {budgets.max_node_failures} (max_node_failures)."
+    if reason is Reason.DEADLINE:
+        return _deadline_error(name, rounds, used)
+    if reason is Reason.NODE_FAILURES_SPENT:
+        return _node_lost_error(name, rounds, losses, used)
+    if not failures(rounds[-1]):
+        # A rank was said to have failed or hung, and had ended well before it could be looked at.
+        message = explain(f"{name} failed in round {rounds[-1].index}.", rounds[-1].ending.value, used)
+        return WorkerFailedError(message, time.time(), rounds)
+    cause = root_cause(rounds[-1])
+    error = _error_class(cause)(_message(name, rounds, cause, reason, used), cause.timestamp, rounds)
     error.__cause__ = rebuilt_exception(cause)
     return error
+
+
+def _deadline_error(name: str, rounds: tuple[RoundRecord, ...], used: str) -> DeadlineExceededError:
+    message = explain(
+        f"{name} did not end within its deadline; all its workers were stopped.",
+        f"RunPolicy(active_deadline_seconds=...) bounds the launch from its first round on. {used}",
+        "Raise the deadline, or make the work shorter.",
+    )
+    return DeadlineExceededError(message, time.time(), rounds)
+
+
+def _node_lost_error(name: str, rounds: tuple[RoundRecord, ...], losses: Sequence[str], used: str) -> NodeLostError:
+    last = f" in round {rounds[-1].index}" if rounds else " before the first round"
+    message = explain(
+        f"{name} failed{last}: too many agents or nodes were lost.",
+        f"{'; '.join(losses)}. {used}",
+        "Run the task again (give it retries), look after the nodes that are named, or raise "
+        "RayBackend(max_node_failures=...).",
+    )
+    return NodeLostError(message, time.time(), rounds)
 
 
 def rebuilt_exception(rank: RankRecord) -> BaseException | None:
@@ -43,14 +95,14 @@ def rebuilt_exception(rank: RankRecord) -> BaseException | None:
 
 
 def _error_class(cause: RankRecord) -> type[LaunchError]:
-    if cause.outcome is Outcome.LOST:
-        return NodeLostError
+    if cause.outcome is Outcome.HUNG:
+        return WorkerHungError
     if cause.outcome is Outcome.RAISED and cause.stage is Stage.RESULT:
         return ResultError
     return RecoverableWorkerError if cause.recoverable else WorkerFailedError
 
 
-def _message(name: str, rounds: tuple[RoundRecord, ...], cause: RankRecord, max_restarts: int) -> str:
+def _message(name: str, rounds: tuple[RoundRecord, ...], cause: RankRecord, reason: Reason, used: str) -> str:
     own = f"{ResultError.__name__}: "
     if cause.stage is Stage.RESULT and cause.message.startswith(own):
         return f"{name}: {cause.message.removeprefix(own)}"
@@ -62,14 +114,35 @@ def _message(name: str, rounds: tuple[RoundRecord, ...], cause: RankRecord, max_
     lines = [
         f"{name} failed in round {last.index}: {where}: {cause.message}",
         f"Why: {_why(cause)}{exit_code}. {same} of {last.world_size} ranks failed this way"
-        + (f", {len(failed) - same} in another way." if len(failed) > same else "."),
-        f"Fix: {_fix(cause, restarts_used=len(rounds) - 1, max_restarts=max_restarts)}",
+        + (f", {len(failed) - same} in another way." if len(failed) > same else ".")
+        + (f" It was not tried again: {reason.value}." if reason is Reason.SAME_AGAIN else ""),
+        f"Fix: {_fix(cause, used)}",
     ]
     if cause.outcome is Outcome.RAISED and cause.stage is not Stage.RESULT:
         lines += ["", f"Traceback of rank {cause.rank}:", cause.traceback.rstrip()]
+    if cause.outcome is Outcome.HUNG:
+        lines += _stacks(last)
     if cause.log_tail:
         lines += ["", f"Last lines of rank {cause.rank}:", *(f"  {line}" for line in cause.log_tail)]
     return "\n".join(lines)
+
+
+def _stacks(ended: RoundRecord) -> list[str]:
+    """What the ranks were doing, equal stacks once."""
+    groups: dict[str, list[int]] = {}
+    texts: dict[str, str] = {}
+    for rank in ended.ranks:
+        if rank.stacks:
+            # Thread identifiers differ between processes that do the same.
+            key = re.sub(r"0x[0-9a-f]+|\b\d{4,}\b", "", rank.stacks)
+            groups.setdefault(key, []).append(rank.rank)
+            texts.setdefault(key, rank.stacks)
+    lines = []
+    for key, ranks in [*groups.items()][:_MOST_STACKS]:
+        lines += ["", f"Stacks of rank {', '.join(map(str, ranks))}:", texts[key].rstrip()]
+    if len(groups) > _MOST_STACKS:
+        lines += ["", f"{len(groups) - _MOST_STACKS} other stacks are in error.rounds[-1].ranks[...].stacks."]
+    return lines
 
 
 def _why(cause: RankRecord) -> str:
@@ -78,14 +151,15 @@ def _why(cause: RankRecord) -> str:
             return f"it raised while {cause.stage.value}"
         case Outcome.EXITED:
             return "it left by itself"
+        case Outcome.KILLED if cause.out_of_memory:
+            return "the kernel ended it, because its control group had no memory left"
         case Outcome.KILLED:
             return "a signal that this launch did not send ended it"
         case _:
-            return "its agent or node died"
+            return "no rank had called kfpytorch_ray.progress() or written a checkpoint for hang_timeout_s"
 
 
-def _fix(cause: RankRecord, restarts_used: int, max_restarts: int) -> str:
-    restarts = f" Restarts used: {restarts_used} of {max_restarts} (max_restarts)."
+def _fix(cause: RankRecord, used: str) -> str:
     match cause.outcome:
         case Outcome.RAISED if cause.stage is Stage.LOAD:
             return (
@@ -95,10 +169,20 @@ def _fix(cause: RankRecord, restarts_used: int, max_restarts: int) -> str:
             )
         case Outcome.RAISED if cause.stage is Stage.RESULT:
             return "Make room for the result in /dev/shm or in the folder for temporary files. It was not tried again."
+        case Outcome.KILLED if cause.out_of_memory:
+            return f"Give the nodes more memory, or let the workers use less (batch size, data loaders). {used}"
         case Outcome.KILLED:
             name = cause.message.rsplit(" ", 1)[-1]
-            return _SIGNAL_HINTS.get(name, "Find out who sent the signal.") + restarts
-        case Outcome.LOST:
-            return "Run the task again; give it retries, because lost nodes are not replaced within a launch."
+            return f"{_SIGNAL_HINTS.get(name, 'Find out who sent the signal.')} {used}"
+        case Outcome.HUNG:
+            return (
+                "Look where the stacks below stand: most often one rank waits for something that the others do not, "
+                f"and they wait for it in a collective. Raise hang_timeout_s if steps are slower than that. {used}"
+            )
+        case _ if _TIMED_OUT.search(cause.message) and distributed(cause):
+            return (
+                "A collective waited for a rank that did not come: look for a rank that took another branch, or that "
+                f"was slower than the timeout of init_process_group. {used}"
+            )
         case _:
-            return "Correct what the message names." + restarts
+            return f"Correct what the message names. {used}"

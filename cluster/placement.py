@@ -1,7 +1,9 @@
-"""Reserving nodes: one placement group with one bundle per node, or an error that says why there is none.
+"""Reserving nodes on Ray: one bundle per node of the launch, and what becomes of bundles when nodes come and go.
 
-On a cluster every bundle gets a Ray node of its own (STRICT_SPREAD). On a Ray that this process started on its own
-machine they share it (PACK).
+A fixed number of nodes is one placement group, which Ray places as a whole and places again when a node dies. A range
+is a group for each node, so that each can be had, lost and replaced by itself. On a cluster every bundle gets a Ray
+node of its own; on a Ray that this process started on its own machine they share it. Nothing here waits: who does
+(kfpytorch_ray.cluster.membership) calls ``refresh`` again and again.
 """
 
 from __future__ import annotations
@@ -10,62 +12,92 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from kfpytorch_ray.errors import ConfigError, InfeasibleError, PlacementTimeoutError, explain
+from kfpytorch_ray.cluster.demand import Demand, Resources, bundle_of, fits, fitting, missing, shown
+from kfpytorch_ray.errors import ConfigError, InfeasibleError, explain
 
 logger = logging.getLogger(__name__)
 
-REPORT_INTERVAL_S = 10.0
+RECONSIDER_S = 10.0
+"""How long a request that is not placed stands before it is made again to fit the cluster as it is now."""
 
-Resources = Mapping[str, float]
+_NODE_ID_LABEL = "ray.io/node-id"
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """The bundles of a launch.
+class Slot:
+    """A bundle that is reserved: what an agent is started in.
 
     Attributes:
-        first: Of node rank 0.
-        other: Of every other node.
-        min_nodes: Fewest bundles.
-        max_nodes: Most bundles.
+        index: Its number; where the number of nodes is fixed, the node rank.
+        group: Its placement group.
+        bundle: Its index in the group.
+        resources: What it holds.
+        node_id: Ray's id of its node.
     """
 
-    first: Resources
-    other: Resources
-    min_nodes: int
-    max_nodes: int
-
-    def bundles(self, count: int) -> list[dict[str, float]]:
-        """The bundles of ``count`` nodes, by node rank; what Ray takes for one."""
-        return [_bundle(self.first), *(_bundle(self.other) for _ in range(count - 1))]
-
-    def total(self, count: int) -> dict[str, float]:
-        """All resources of ``count`` nodes."""
-        bundles = self.bundles(count)
-        names = {name for bundle in bundles for name in bundle}
-        return {name: sum(bundle.get(name, 0) for bundle in bundles) for name in names}
-
-
-def _bundle(resources: Resources) -> dict[str, float]:
-    """Ray refuses amounts of zero, and a bundle without any amount."""
-    return {name: amount for name, amount in resources.items() if amount} or {"CPU": 0.01}
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One reserved bundle: its node rank, and the address that Ray knows for its node."""
-
-    group: PlacementGroup
     index: int
+    group: PlacementGroup
+    bundle: int
     resources: Resources
-    address: str
+    node_id: str
+
+
+class Reservation(Protocol):
+    """The nodes of one launch."""
+
+    def refresh(self, draining: AbstractSet[str], silent: AbstractSet[str]) -> None:
+        """Look what Ray has placed by now, and ask again where that serves.
+
+        Args:
+            draining: Ids of nodes that Ray is about to take away.
+            silent: Ids of nodes that did not answer lately.
+        """
+
+    def slots(self) -> Mapping[int, Slot]:
+        """The bundles in which an agent may be started, by index."""
+
+    def lost(self, index: int, *, gone: bool) -> None:
+        """An agent ended; ``gone`` if its node did, too, or is not to be used any more."""
+
+    def waiting(self) -> str:
+        """How many nodes are placed, and what the others wait for."""
+
+    def release(self) -> None:
+        """Give everything back."""
+
+
+@contextmanager
+def reserved(demand: Demand, *, private: bool, autoscaling: bool) -> Iterator[Reservation]:
+    """Ask for the nodes of one launch, and give them back at the end.
+
+    Args:
+        demand: What is asked.
+        private: Whether the Ray was started by this process, so that bundles may share the machine.
+        autoscaling: Whether the cluster may grow to hold what it cannot hold now.
+
+    Raises:
+        ConfigError: Ray does not take the amounts.
+        InfeasibleError: The cluster can never hold the minimum.
+    """
+    if not autoscaling:
+        _refuse_infeasible(demand, private=private)
+    # On one machine a range is settled at once: nobody joins it.
+    fixed = private or demand.min_nodes == demand.max_nodes
+    reservation: Reservation = _Gang(demand, private=private) if fixed else _Singles(demand)
+    try:
+        reservation.refresh(frozenset(), frozenset())
+        yield reservation
+    finally:
+        reservation.release()
 
 
 def driver_address() -> str:
@@ -73,67 +105,202 @@ def driver_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-@contextmanager
-def reserved(demand: Demand, *, private: bool, autoscaling: bool, timeout_s: float, name: str) -> Iterator[list[Place]]:
-    """Hold the nodes of one launch.
+def alive_nodes() -> set[str]:
+    """Ids of the nodes that Ray knows to be alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
-    Args:
-        demand: What is asked.
-        private: Whether the Ray was started by this process, so that bundles may share the machine.
-        autoscaling: Whether the cluster may grow to hold what it cannot hold now.
-        timeout_s: Longest wait.
-        name: Of the launch, for log lines.
 
-    Yields:
-        The places by node rank. For a range of nodes as many as were free, at least the minimum.
+def draining_nodes() -> dict[str, float]:
+    """Nodes that Ray is about to take away: their ids, and when (seconds since the epoch; infinite where unknown)."""
+    deadlines: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return {node: deadline / 1000 if deadline else float("inf") for node, deadline in deadlines.items()}
 
-    Raises:
-        ConfigError: Ray does not take the amounts.
-        InfeasibleError: The cluster can never hold the minimum.
-        PlacementTimeoutError: It did not within ``timeout_s``.
+
+class _Gang:
+    """All nodes in one placement group: all or none."""
+
+    def __init__(self, demand: Demand, *, private: bool) -> None:
+        self._demand = demand
+        self._private = private
+        self._group: PlacementGroup | None = None
+        self._asked_at = 0.0
+        self._placed = False
+        self._slots: dict[int, Slot] = {}
+
+    def refresh(self, draining: AbstractSet[str], silent: AbstractSet[str]) -> None:
+        """Look where the bundles are; until the group is placed, its size follows what is free.
+
+        A silent node keeps its bundle until Ray gives it up, and an agent that is started there waits as long.
+        """
+        if not self._placed and (self._group is None or time.monotonic() - self._asked_at > RECONSIDER_S):
+            count = max(self._demand.min_nodes, fitting(self._demand, _available(), private=self._private))
+            if self._group is None or self._group.bundle_count != count:
+                _release(self._group)
+                strategy = "PACK" if self._private else "STRICT_SPREAD"
+                self._group = _request(self._demand.bundles(count), strategy)
+            self._asked_at = time.monotonic()
+        assert self._group is not None
+        entry = placement_group_table(self._group)
+        self._placed |= entry["state"] == "CREATED"
+        if not self._placed:
+            return
+        usable = alive_nodes() - draining
+        self._slots = {
+            index: Slot(index, self._group, index, bundle, node_id)
+            for index, bundle in enumerate(self._group.bundle_specs)
+            if (node_id := entry["bundles_to_node_id"].get(index)) in usable
+        }
+
+    def slots(self) -> Mapping[int, Slot]:
+        """Those that are placed; none before all are."""
+        return self._slots
+
+    def lost(self, index: int, *, gone: bool) -> None:
+        """Nothing to do: Ray places a bundle again whose node died."""
+
+    def waiting(self) -> str:
+        """See ``Reservation``."""
+        if self._group is None or not self._placed:
+            free = _available()
+            count = self._group.bundle_count if self._group else self._demand.min_nodes
+            now = min(count, fitting(self._demand, free, private=self._private))
+            return f"0 of {count} nodes are placed: all are placed together, and {now} would fit now. " + missing(
+                self._demand.bundles(count)[now:] or self._demand.bundles(1), free, _totals()
+            )
+        bundles = self._group.bundle_specs
+        placed = f"{len(self._slots)} of {len(bundles)} nodes are placed."
+        lost = [dict(bundle) for index, bundle in enumerate(bundles) if index not in self._slots]
+        if not lost:
+            return placed
+        used = {slot.node_id for slot in self._slots.values()}
+        return f"{placed} {missing(lost, _free_but(used), _totals())}"
+
+    def release(self) -> None:
+        """Give everything back."""
+        _release(self._group)
+
+
+@dataclass(frozen=True, slots=True)
+class _Single:
+    """A request for one node.
+
+    Attributes:
+        group: Its placement group, of one bundle.
+        selector: Which nodes may hold it.
+        asked_at: Monotonic seconds.
+        node_id: Where it was placed; None as long as it is not.
     """
-    if not autoscaling:
-        _refuse_infeasible(demand, private=private)
-    group = _hold(demand, private=private, timeout_s=timeout_s, name=name)
+
+    group: PlacementGroup
+    selector: str
+    asked_at: float
+    node_id: str | None = None
+
+
+class _Singles:
+    """A range of nodes on a cluster: each node is a placement group, which only nodes that are not in use may hold.
+
+    The first ones are had together, so that two launches that share a cluster do not each hold half of it for ever.
+    """
+
+    def __init__(self, demand: Demand) -> None:
+        self._demand = demand
+        self._bundle = bundle_of(demand.other)
+        self._ticket: _Gang | None = _Gang(demand, private=False) if demand.min_nodes > 1 else None
+        self._singles: dict[int, _Single] = {}
+
+    def refresh(self, draining: AbstractSet[str], silent: AbstractSet[str]) -> None:
+        """See ``Reservation``."""
+        unusable = draining | silent
+        if not self._singles and not self._begin(unusable):
+            return
+        table = placement_group_table()
+        for index, single in self._singles.items():
+            entry = table.get(single.group.id.hex(), {"state": "REMOVED"})
+            placed = entry["bundles_to_node_id"][0] if entry["state"] == "CREATED" else None
+            avoid = self._in_use(but=index) | unusable
+            if single.node_id is not None and placed == single.node_id:
+                continue
+            if placed is not None and placed not in avoid and single.node_id is None:
+                self._singles[index] = replace(single, node_id=placed)
+                continue
+            selector = _avoiding(avoid)
+            stale = time.monotonic() - single.asked_at > RECONSIDER_S and selector != single.selector
+            # Its node died, or Ray placed it beside another of this launch, or where it may be is out of date.
+            if single.node_id is not None or placed is not None or stale or entry["state"] == "REMOVED":
+                self._ask(index, selector)
+
+    def _begin(self, unusable: AbstractSet[str]) -> bool:
+        """Ask for all nodes, one request each; whether that was possible."""
+        if self._ticket is None:
+            free = {node: has for node, has in _available().items() if node not in unusable}
+            there = [node for node, has in free.items() if fits(self._bundle, has)]
+        else:
+            self._ticket.refresh(unusable, frozenset())
+            there = [slot.node_id for slot in self._ticket.slots().values()]
+            if not there:
+                return False
+            # Between this and the requests below somebody else may take a node; its request is then made again.
+            self._ticket.release()
+        there = there[: self._demand.max_nodes]
+        for index in range(self._demand.max_nodes):
+            self._ask(index, there[index] if index < len(there) else _avoiding(set(there) | unusable))
+        return True
+
+    def _ask(self, index: int, selector: str) -> None:
+        if (before := self._singles.get(index)) is not None:
+            _release(before.group)
+        labels = [{_NODE_ID_LABEL: selector}] if selector else None
+        group = _request([self._bundle], "PACK", labels)
+        self._singles[index] = _Single(group, selector, time.monotonic())
+
+    def _in_use(self, *, but: int) -> set[str]:
+        return {single.node_id for index, single in self._singles.items() if single.node_id and index != but}
+
+    def slots(self) -> Mapping[int, Slot]:
+        """Those that are placed."""
+        return {
+            index: Slot(index, single.group, 0, self._bundle, single.node_id)
+            for index, single in self._singles.items()
+            if single.node_id is not None
+        }
+
+    def lost(self, index: int, *, gone: bool) -> None:
+        """Give the node back if it is gone; the next ``refresh`` asks for another."""
+        if gone:
+            _release(self._singles[index].group)
+            self._singles[index] = replace(self._singles[index], node_id=None)
+
+    def waiting(self) -> str:
+        """See ``Reservation``."""
+        if not self._singles and self._ticket is not None:
+            return self._ticket.waiting()
+        placed = len(self.slots())
+        wanted = f"{self._demand.min_nodes} to {self._demand.max_nodes}"
+        text = f"{placed} of {wanted} nodes are placed."
+        if placed >= self._demand.min_nodes:
+            return text
+        bundles = [self._bundle] * (self._demand.min_nodes - placed)
+        return f"{text} {missing(bundles, _free_but(self._in_use(but=-1)), _totals())}"
+
+    def release(self) -> None:
+        """Give everything back."""
+        if self._ticket is not None:
+            self._ticket.release()
+        for single in self._singles.values():
+            _release(single.group)
+
+
+def _avoiding(nodes: AbstractSet[str]) -> str:
+    """The label selector of all nodes but these; empty for every node."""
+    return f"!in({','.join(sorted(nodes))})" if nodes else ""
+
+
+def _request(
+    bundles: list[dict[str, float]], strategy: str, labels: list[dict[str, str]] | None = None
+) -> PlacementGroup:
     try:
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        node_ids = placement_group_table(group)["bundles_to_node_id"]
-        yield [
-            Place(group, index, bundle, addresses[node_ids[index]]) for index, bundle in enumerate(group.bundle_specs)
-        ]
-    finally:
-        _release(group)
-
-
-def _hold(demand: Demand, *, private: bool, timeout_s: float, name: str) -> PlacementGroup:
-    """A placement group that is placed: of as many nodes as fit now, at least the minimum."""
-    deadline = time.monotonic() + timeout_s
-    group = None
-    while (left := deadline - time.monotonic()) > 0:
-        count = max(demand.min_nodes, _fitting(demand, _available(), private=private))
-        if group is None or group.bundle_count != count:
-            _release(group)
-            group = _request(demand.bundles(count), "PACK" if private else "STRICT_SPREAD")
-        try:
-            if group.wait(min(left, REPORT_INTERVAL_S)):
-                return group
-        except BaseException:
-            _release(group)
-            raise
-        logger.warning("%s waits for nodes. %s", name, _state(demand, private=private))
-    _release(group)
-    raise PlacementTimeoutError(
-        explain(
-            f"{name}: {demand.min_nodes} nodes were not free within {timeout_s:g} s.",
-            _state(demand, private=private),
-            "Wait for other work to end, add nodes, ask for less, or raise rdzv_configs['join_timeout'].",
-        )
-    )
-
-
-def _request(bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
-    try:
-        group: PlacementGroup = placement_group(bundles, strategy=strategy)
+        group: PlacementGroup = placement_group(bundles, strategy=strategy, bundle_label_selector=labels)
     except ValueError as error:
         raise ConfigError("The resources of a node", (str(error),)) from error
     return group
@@ -147,13 +314,13 @@ def _release(group: PlacementGroup | None) -> None:
 
 
 def _refuse_infeasible(demand: Demand, *, private: bool) -> None:
-    totals = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    if _fitting(demand, totals, private=private) >= demand.min_nodes:
+    totals = _totals()
+    if fitting(demand, totals, private=private) >= demand.min_nodes:
         return
-    asked = f"{demand.min_nodes} nodes with {_shown(demand.other)} each"
+    asked = f"{demand.min_nodes} nodes with {shown(demand.other)} each"
     if demand.first != demand.other:
-        asked = f"a node with {_shown(demand.first)} and {demand.min_nodes - 1} with {_shown(demand.other)} each"
-    there = "; ".join(f"{_shown(resources)}" for resources in totals.values())
+        asked = f"a node with {shown(demand.first)} and {demand.min_nodes - 1} with {shown(demand.other)} each"
+    there = "; ".join(f"{shown(resources)}" for resources in totals.values())
     if private:
         fix = "Ask for less, set RayBackend(resources_per_node=...), or start Ray with more: ray.init(num_cpus=...)."
     else:
@@ -170,44 +337,17 @@ def _refuse_infeasible(demand: Demand, *, private: bool) -> None:
     )
 
 
-def _fitting(demand: Demand, nodes: Mapping[str, Resources], *, private: bool) -> int:
-    """How many nodes of the demand fit, up to the maximum."""
-    if private:
-        (machine,) = list(nodes.values())[:1] or [{}]
-        return max(
-            (count for count in range(1, demand.max_nodes + 1) if _fits(demand.total(count), machine)), default=0
-        )
-    first = {node for node, has in nodes.items() if _fits(_bundle(demand.first), has)}
-    other = {node for node, has in nodes.items() if _fits(_bundle(demand.other), has)}
-    if not first:
-        return 0
-    # One node for rank 0, the rest from those that hold the others, and no node twice.
-    return min(demand.max_nodes, len(other) + 1, len(first | other))
-
-
-def _fits(wanted: Resources, has: Resources) -> bool:
-    return all(has.get(name, 0) >= amount for name, amount in wanted.items())
+def _totals() -> dict[str, Resources]:
+    nodes: list[dict[str, Any]] = ray.nodes()
+    return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
 
 
 def _available() -> dict[str, Resources]:
-    return dict(ray._private.state.available_resources_per_node())
+    """What is free on the nodes that take new work."""
+    draining = draining_nodes()
+    available: dict[str, Resources] = ray._private.state.available_resources_per_node()
+    return {node: has for node, has in available.items() if node not in draining}
 
 
-def _state(demand: Demand, *, private: bool) -> str:
-    available = _available()
-    free = "; ".join(_shown(resources) for resources in available.values()) or "nothing"
-    fitting = _fitting(demand, available, private=private)
-    return (
-        f"Each node asks for {_shown(demand.other)}; {min(fitting, demand.min_nodes)} of {demand.min_nodes} fit now. "
-        f"Free on the cluster's {len(available)} node(s): {free}."
-    )
-
-
-def _shown(resources: Resources) -> str:
-    """Resources for people: no node markers, memory in GiB."""
-    shown = {
-        name: f"{amount / 2**30:.1f}GiB" if "memory" in name else f"{amount:g}"
-        for name, amount in sorted(resources.items())
-        if not name.startswith(("node:", "bundle_group", "accelerator_type:")) and "_group_" not in name
-    }
-    return "{" + ", ".join(f"{name}: {amount}" for name, amount in shown.items()) + "}"
+def _free_but(used: AbstractSet[str]) -> dict[str, Resources]:
+    return {node: has for node, has in _available().items() if node not in used}

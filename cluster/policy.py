@@ -1,108 +1,166 @@
-"""What follows from a round that ended: pure decisions, no processes.
+"""What the controller does after a round, and with which nodes: pure decisions, no processes, no Ray.
 
-Which rank's end is the cause of the others', and whether the group is started again.
+Failures of ranks and lost nodes are paid from two budgets. Changes of the nodes themselves (more arrive, one is
+drained) cost nothing.
 """
 
 from __future__ import annotations
 
-import re
-from enum import Enum, IntEnum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 
-from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord, Stage
+from kfpytorch_ray.cluster.causes import failures, may_miss_a_peer, root_cause
+from kfpytorch_ray.cluster.limits import Budgets, Spent
+from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord, Stage
 
-
-class Decision(Enum):
-    """What the controller does next."""
-
-    FINISH = "finish"
-    RESTART = "restart"
-    RAISE = "raise"
+EARLY_S = 300.0
+"""A rank that has run for longer counts as having made progress, even if it never called ``progress()``."""
 
 
-class _Severity(IntEnum):
-    """How well an end explains the others', best first."""
+@dataclass(frozen=True, slots=True)
+class Present:
+    """Who can take part in the next round.
 
-    EXCEPTION = 0
-    EXIT_CODE = 1
-    SIGNAL = 2
-    LOST = 3
-    ABORT = 4
-    REPORTS_PEER = 5
+    Attributes:
+        ready: Agents that are up, in the order in which newcomers are to be ranked.
+        ranks: Node ranks of those that took part before.
+        min_nodes: Fewest nodes to train with.
+        max_nodes: Most nodes to train with.
+    """
 
-
-_PEER_REPORT = re.compile(
-    r"connection (?:was )?(?:likely )?(?:closed|reset|refused)|broken pipe|closed by peer|pair closure|socket closed|"
-    r"socket timeout|timed? ?out (?:waiting|after)|monitoredbarrier|collective operation timeout|"
-    r"remote process exited|communicator was aborted|ncclRemoteError|ncclSystemError|Dist(?:Network|Store)Error",
-    re.IGNORECASE,
-)
-"""What torch.distributed says when another rank is gone: true, and never the cause when there is a better one."""
-
-_DISTRIBUTED = re.compile(r"torch[/\\.]distributed|Dist(?:Backend|Network|Store)Error|gloo|nccl", re.IGNORECASE)
-"""Marks an error of torch.distributed; a refused connection to the user's own data server is a cause like any other."""
+    ready: tuple[int, ...]
+    ranks: Mapping[int, int]
+    min_nodes: int
+    max_nodes: int
 
 
-def decide(ended: RoundRecord, restarts_used: int, max_restarts: int) -> Decision:
-    """What to do after a round.
+class Reason(Enum):
+    """Why a launch ends as a failure."""
 
-    A function that cannot be loaded and a result that cannot be pickled fail the same way every time: they are not
-    tried again.
+    RESTARTS_SPENT = "max_restarts is spent"
+    NODE_FAILURES_SPENT = "max_node_failures is spent"
+    SAME_AGAIN = "the same rank failed at the same place twice, before it had made any progress"
+    HOPELESS = "it would fail the same way again"
+    DEADLINE = "the deadline has passed"
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Every rank returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A new round at once: its agents by node rank, and what has been spent by then."""
+
+    agents: tuple[int, ...]
+    spent: Spent
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Too few nodes are left: wait for more."""
+
+    spent: Spent
+
+
+@dataclass(frozen=True, slots=True)
+class Raise:
+    """The launch has failed."""
+
+    reason: Reason
+    spent: Spent
+
+
+Decision = Finish | Retry | Wait | Raise
+
+
+def decide(rounds: Sequence[RoundRecord], lost: int, spent: Spent, budgets: Budgets, present: Present) -> Decision:
+    """What to do after the last of ``rounds``.
 
     Args:
-        ended: The round.
-        restarts_used: Restarts so far.
-        max_restarts: Restarts allowed, counted over all nodes.
+        rounds: All of the launch.
+        lost: Agents and nodes that were lost since the round before, less those that were about to be taken away.
+        spent: Before this round.
+        budgets: What may be spent.
+        present: Who is left.
     """
+    ended = rounds[-1]
     if ended.succeeded:
-        return Decision.FINISH
-    if any(rank.outcome is Outcome.LOST for rank in ended.ranks):
-        return Decision.RAISE
-    cause = root_cause(ended)
-    if cause.outcome is Outcome.RAISED and cause.stage is not Stage.CALL:
-        return Decision.RAISE
-    return Decision.RESTART if restarts_used < max_restarts else Decision.RAISE
+        return Finish()
+    cause = _rank_to_blame(ended)
+    spent = Spent(spent.restarts, spent.node_failures + lost)
+    if cause is not None:
+        if cause.outcome is Outcome.RAISED and cause.stage is not Stage.CALL:
+            return Raise(Reason.HOPELESS, spent)
+        if spent.restarts < budgets.max_restarts and _same_again(cause, rounds):
+            return Raise(Reason.SAME_AGAIN, spent)
+    if cause is not None or (ended.ending in (Ending.FAILED, Ending.HUNG) and not _lost_a_node(ended)):
+        if spent.restarts >= budgets.max_restarts:
+            return Raise(Reason.RESTARTS_SPENT, spent)
+        spent = Spent(spent.restarts + 1, spent.node_failures)
+    if spent.node_failures > budgets.max_node_failures:
+        return Raise(Reason.NODE_FAILURES_SPENT, spent)
+    if ended.ending is Ending.DEADLINE:
+        return Raise(Reason.DEADLINE, spent)
+    if len(present.ready) < present.min_nodes:
+        return Wait(spent)
+    return Retry(node_ranks(present), spent)
 
 
-def root_cause(ended: RoundRecord) -> RankRecord:
-    """The rank whose end explains the others': by severity, then by time. Ranks that were stopped never do.
+def node_ranks(present: Present) -> tuple[int, ...]:
+    """The agents of the next round by node rank.
 
-    Raises:
-        ValueError: No rank failed.
+    Who took part before keeps its rank; newcomers fill the gaps. A gap that nobody fills takes the agent with the
+    highest rank, so that as few as possible change theirs.
     """
+    before = sorted((agent for agent in present.ready if agent in present.ranks), key=present.ranks.__getitem__)
+    newcomers = [agent for agent in present.ready if agent not in present.ranks]
+    count = min(len(present.ready), present.max_nodes)
+    ranked: dict[int, int] = {}
+    movers = []
+    for agent in before:
+        rank = present.ranks[agent]
+        if rank < count and rank not in ranked:
+            ranked[rank] = agent
+        else:
+            movers.append(agent)
+    gaps = [rank for rank in range(count) if rank not in ranked]
+    # Those that trained before those that did not, should there be more agents than ranks.
+    fillers = movers[::-1] + newcomers
+    ranked |= dict(zip(gaps, fillers, strict=False))
+    return tuple(ranked[rank] for rank in range(count))
+
+
+def _rank_to_blame(ended: RoundRecord) -> RankRecord | None:
+    """The rank whose failure costs a restart; None where nodes came or went and the ranks only felt it."""
     failed = failures(ended)
     if not failed:
-        msg = "the round has no failed rank"
-        raise ValueError(msg)
-    return min(failed, key=lambda rank: (_severity(rank), rank.timestamp, rank.rank))
+        return None
+    cause = root_cause(ended)
+    if cause.outcome is Outcome.LOST:
+        return None
+    # Ranks that leave a round when they are told may do so a step apart.
+    if ended.ending in (Ending.DRAINED, Ending.GROWN, Ending.NODE_LOST) and may_miss_a_peer(cause):
+        return None
+    return cause
 
 
-def ending_cause(ended: RoundRecord, restarts_used: int, max_restarts: int) -> RankRecord:
-    """The rank that explains why the launch ends with this round: the root cause.
-
-    But where a rank raised, could have been tried again, and a node was lost in the same round, it is the lost node.
-    """
-    lost = [rank for rank in ended.ranks if rank.outcome is Outcome.LOST]
-    return lost[0] if lost and restarts_used < max_restarts else root_cause(ended)
+def _lost_a_node(ended: RoundRecord) -> bool:
+    return any(rank.outcome is Outcome.LOST for rank in ended.ranks)
 
 
-def failures(ended: RoundRecord) -> tuple[RankRecord, ...]:
-    """The ranks that ended badly of themselves."""
-    return tuple(rank for rank in ended.ranks if rank.outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED))
+def _same_again(cause: RankRecord, rounds: Sequence[RoundRecord]) -> bool:
+    """Whether the rank that is the cause failed like this in the round before, be it as the first or with others."""
+    if len(rounds) < 2 or cause.outcome is not Outcome.RAISED or not _without_progress(cause, rounds[-1]):
+        return False
+    return any(
+        (rank.outcome, rank.rank, rank.traceback) == (cause.outcome, cause.rank, cause.traceback)
+        and _without_progress(rank, rounds[-2])
+        for rank in rounds[-2].ranks
+    )
 
 
-def alike(one: RankRecord, other: RankRecord) -> bool:
-    """Whether two ranks failed the same way."""
-    return (one.outcome, one.message) == (other.outcome, other.message)
-
-
-def _severity(rank: RankRecord) -> _Severity:
-    match rank.outcome:
-        case Outcome.RAISED:
-            reports = _PEER_REPORT.search(rank.message) and _DISTRIBUTED.search(rank.message + rank.traceback)
-            return _Severity.REPORTS_PEER if reports else _Severity.EXCEPTION
-        case Outcome.EXITED:
-            return _Severity.EXIT_CODE
-        case Outcome.KILLED:
-            return _Severity.ABORT if "SIGABRT" in rank.message else _Severity.SIGNAL
-        case _:
-            return _Severity.LOST
+def _without_progress(rank: RankRecord, of: RoundRecord) -> bool:
+    return not rank.progressed and rank.timestamp - of.started_at < EARLY_S

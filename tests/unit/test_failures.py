@@ -8,14 +8,18 @@ import pytest
 
 import kfpytorch_ray.errors
 from kfpytorch_ray.cluster.failures import launch_error, rebuilt_exception
+from kfpytorch_ray.cluster.limits import Budgets, Spent
+from kfpytorch_ray.cluster.policy import Reason
 from kfpytorch_ray.errors import (
     ConfigError,
+    DeadlineExceededError,
     KfpytorchRayError,
     LaunchError,
     NodeLostError,
     RecoverableWorkerError,
     ResultError,
     WorkerFailedError,
+    WorkerHungError,
 )
 from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord, Stage
 
@@ -45,8 +49,9 @@ def round_of(*ranks: RankRecord, index: int = 0) -> RoundRecord:
     return RoundRecord(index, 8, ("10.0.0.0", "10.0.0.1"), started_at=0.0, ended_at=200.0, ranks=ranks)
 
 
-def error_of(*ranks: RankRecord, max_restarts: int = 0) -> LaunchError:
-    return launch_error("train", (round_of(*ranks),), max_restarts)
+def error_of(*ranks: RankRecord, max_restarts: int = 0, reason: Reason = Reason.RESTARTS_SPENT) -> LaunchError:
+    losses = ["10.0.0.1: it has not answered for 15 s"]
+    return launch_error("train", (round_of(*ranks),), reason, Spent(), Budgets(max_restarts, 3), losses)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,7 @@ def error_of(*ranks: RankRecord, max_restarts: int = 0) -> LaunchError:
         (raised(stage=Stage.RESULT), ResultError, False),
         (record(1, Outcome.EXITED, message="left with exit code 3 without an exception"), WorkerFailedError, False),
         (killed("SIGKILL", -9), WorkerFailedError, False),
-        (record(1, Outcome.LOST, message="lost with its node: dead"), NodeLostError, True),
+        (record(1, Outcome.HUNG, message="made no progress for 60 s"), WorkerHungError, False),
     ],
 )
 def test_the_class_says_who_is_to_blame_and_whether_to_try_again(
@@ -83,14 +88,14 @@ def test_the_message_says_where_what_and_how_often() -> None:
             index=1,
         ),
     )
-    error = launch_error("train", rounds, 1)
+    error = launch_error("train", rounds, Reason.RESTARTS_SPENT, Spent(1, 2), Budgets(1, 3), [])
     what, why, fix, *_ = str(error).splitlines()
     assert what == "train failed in round 1: rank 6 (local rank 2 on node 1, 10.0.0.1): ValueError: bad batch"
     assert why == (
         "Why: it raised while running the function, exit code 1. 2 of 8 ranks failed this way, 1 in another way."
     )
     assert fix.startswith("Fix: ")
-    assert fix.endswith("Restarts used: 1 of 1 (max_restarts).")
+    assert fix.endswith("Restarts used: 1 of 1 (max_restarts); nodes lost: 2 of 3 (max_node_failures).")
     assert error.rounds == rounds
 
 
@@ -133,7 +138,7 @@ def test_a_signal_comes_with_a_hint(signal: str, code: int, hint: str) -> None:
     assert f"killed by {signal}" in message
     assert f"exit code {code}." in message
     assert hint in message
-    assert "Restarts used: 0 of 2 (max_restarts)." in message
+    assert "Restarts used: 0 of 2 (max_restarts);" in message
 
 
 def test_a_rank_that_left_by_itself_is_told_with_its_code() -> None:
@@ -144,13 +149,52 @@ def test_a_rank_that_left_by_itself_is_told_with_its_code() -> None:
     assert "Why: it left by itself, exit code 3." in message
 
 
-def test_a_lost_node_is_named_and_the_advice_is_to_retry() -> None:
-    """Node and address are said; there is no exit code to show."""
-    message = str(error_of(record(5, Outcome.LOST, message="lost with its node: dead")))
-    assert "on node 1, 10.0.0.1): lost with its node: dead" in message
-    assert "Why: its agent or node died. 1 of 8" in message
-    assert "exit code" not in message
-    assert "retries" in message
+@pytest.mark.parametrize(
+    ("reason", "expected", "says"),
+    [
+        (Reason.NODE_FAILURES_SPENT, NodeLostError, "10.0.0.1: it has not answered for 15 s"),
+        (Reason.DEADLINE, DeadlineExceededError, "active_deadline_seconds"),
+    ],
+)
+def test_a_launch_that_ends_for_its_nodes_or_its_deadline_says_so(
+    reason: Reason, expected: type[LaunchError], says: str
+) -> None:
+    """Lost nodes are named with what is known; both budgets are shown; no rank is blamed."""
+    error = error_of(raised(), record(5, Outcome.LOST, message="lost with its node: dead"), reason=reason)
+    assert type(error) is expected
+    assert says in str(error)
+    assert "nodes lost: 0 of 3 (max_node_failures)" in str(error)
+    assert error.__cause__ is None
+
+
+def test_restarting_that_ends_early_says_why() -> None:
+    """Budget is left, and the message says that it was not used and why."""
+    message = str(error_of(raised(), max_restarts=5, reason=Reason.SAME_AGAIN))
+    assert "It was not tried again: the same rank failed at the same place twice" in message
+    assert "Restarts used: 0 of 5" in message
+
+
+def test_stacks_of_hung_ranks_are_quoted_once_for_those_that_agree() -> None:
+    """The odd rank stands out: equal stacks are one, whatever their thread identifiers are."""
+    stacks = {0: "Thread 0x00007f01 in all_reduce", 1: "Thread 0x00007f02 in all_reduce", 2: "Thread 0x01 in wait"}
+    hung = [record(rank, Outcome.HUNG, message="made no progress", stacks=text) for rank, text in stacks.items()]
+    message = str(error_of(*hung))
+    assert "Stacks of rank 0, 1:\nThread 0x00007f01 in all_reduce" in message
+    assert "Stacks of rank 2:\nThread 0x01 in wait" in message
+
+
+def test_a_collective_that_timed_out_comes_with_a_hint() -> None:
+    """It was waited for a rank that did not come."""
+    message = "DistBackendError: [Rank 1] Watchdog caught collective operation timeout: timed out"
+    assert "A collective waited for a rank that did not come" in str(error_of(record(1, message=message)))
+
+
+def test_memory_that_ran_out_is_said() -> None:
+    """The kernel's counter is proof, so the hint does not guess."""
+    cause = record(1, Outcome.KILLED, message="killed by SIGKILL: out of memory", exit_code=-9, out_of_memory=True)
+    message = str(error_of(cause))
+    assert "control group had no memory left" in message
+    assert "Most often" not in message
 
 
 def test_a_function_that_cannot_be_loaded_leads_to_the_code_on_the_node() -> None:

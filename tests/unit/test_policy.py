@@ -6,204 +6,246 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfpytorch_ray.cluster.policy import Decision, alike, decide, ending_cause, failures, root_cause
-from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord, Stage
+from kfpytorch_ray.cluster.limits import Budgets, Spent
+from kfpytorch_ray.cluster.policy import (
+    EARLY_S,
+    Decision,
+    Finish,
+    Present,
+    Raise,
+    Reason,
+    Retry,
+    Wait,
+    decide,
+    node_ranks,
+)
+from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord, Stage
 
-PEER_REPORTS = [
-    "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:31742",
-    "RuntimeError: [../gloo/transport/tcp/pair.cc:598] Read error [10.0.0.2]:31742: Connection reset by peer",
-    "RuntimeError: [../gloo/transport/tcp/pair.cc:511] writev [10.0.0.2]:4711: Broken pipe",
-    "RuntimeError: [../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation",
-    "DistNetworkError: The client socket has timed out after 60000ms while trying to connect to (10.0.0.2, 29500).",
-    "DistNetworkError: failed to recv, got 0 bytes",
-    "DistStoreError: Timed out after 61 seconds waiting for clients. 1/2 clients joined.",
-    "DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//cpu//0",
-    "DistBackendError: NCCL error: remote process exited or there was a network error, NCCL version 2.20.5",
-    "DistBackendError: NCCL error in: x.cpp:2006, ncclRemoteError: A call failed possibly due to a network error.",
-    "RuntimeError: NCCL communicator was aborted on rank 1.",
-    "RuntimeError: [../gloo/transport/tcp/pair.cc:584] Application timeout caused pair closure",
-    "RuntimeError: [Rank 0]: Rank 1 failed to pass monitoredBarrier in 1000 ms (gloo)",
-    "DistBackendError: [Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)",
-]
-OWN_FAULTS = [
-    "ValueError: bad batch",
-    "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
-    "ValueError: timeout must be positive",
-    "KeyError: 'connection'",
-    "ConnectionRefusedError: [Errno 111] Connection refused",  # by a data server of the user's
-    "RuntimeError: the peer review is closed",
+PEER_LOST = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]"
+WAYS_TO_FAIL = [
+    (Outcome.RAISED, "ValueError: bad batch"),
+    (Outcome.EXITED, "left with exit code 3 and left no record of an exception"),
+    (Outcome.KILLED, "killed by SIGKILL"),
+    (Outcome.KILLED, "killed by SIGABRT"),
+    (Outcome.HUNG, "made no progress for 60 s"),
+    (Outcome.RAISED, PEER_LOST),
 ]
 
 
 def record(
-    rank: int = 0, outcome: Outcome = Outcome.RAISED, message: str = "", at: float = 0.0, **f: Any
+    rank: int = 0, outcome: Outcome = Outcome.RAISED, message: str = "", at: float = 1.0, **f: Any
 ) -> RankRecord:
     code = {Outcome.SUCCEEDED: 0, Outcome.KILLED: -9, Outcome.LOST: None}.get(outcome, 1)
-    plain: dict[str, Any] = {"local_rank": rank % 2, "node_rank": rank // 2, "node": f"10.0.0.{rank // 2}"}
-    return RankRecord(rank=rank, outcome=outcome, exit_code=code, timestamp=at, message=message, **{**plain, **f})
-
-
-def round_of(*ranks: RankRecord, index: int = 0) -> RoundRecord:
-    nodes = tuple(sorted({rank.node for rank in ranks}))
-    return RoundRecord(index, len(ranks), nodes, started_at=0.0, ended_at=9.0, ranks=ranks)
-
-
-BEST_FIRST = [
-    (Outcome.RAISED, "ValueError: bad batch"),
-    (Outcome.EXITED, "left with exit code 3 without an exception"),
-    (Outcome.KILLED, "killed by SIGKILL"),
-    (Outcome.LOST, "lost with its node: it is dead"),
-    (Outcome.KILLED, "killed by SIGABRT"),
-    (Outcome.RAISED, PEER_REPORTS[0]),
-]
-"""Ways to fail, from the one that explains the others best."""
-
-ENDS = [*BEST_FIRST, (Outcome.SUCCEEDED, ""), (Outcome.STOPPED, "stopped with the round")]
-
-
-@st.composite
-def rounds(draw: st.DrawFn) -> RoundRecord:
-    """Rounds in which at least one rank failed of itself; many ranks end at the same moment."""
-    ends = [draw(st.sampled_from(BEST_FIRST)), *draw(st.lists(st.sampled_from(ENDS), max_size=7))]
-    return round_of(
-        *(
-            record(rank, outcome, message, at=float(draw(st.integers(0, 3))))
-            for rank, (outcome, message) in zip(draw(st.permutations(range(len(ends)))), ends, strict=True)
-        )
+    return RankRecord(
+        rank=rank,
+        local_rank=0,
+        node_rank=rank,
+        node=f"10.0.0.{rank}",
+        outcome=outcome,
+        exit_code=code,
+        timestamp=at,
+        message=message,
+        **f,
     )
 
 
-@pytest.mark.parametrize("better", range(len(BEST_FIRST) - 1))
-def test_what_a_rank_did_explains_more_than_what_befell_it(better: int) -> None:
-    """Exceptions before exit codes, signals, lost nodes, aborts and reports of a peer's death, however late."""
-    for worse in range(better + 1, len(BEST_FIRST)):
-        early = record(0, *BEST_FIRST[worse], at=1.0)
-        late = record(1, *BEST_FIRST[better], at=2.0)
-        assert root_cause(round_of(early, late)) is late
+def round_of(*ranks: RankRecord, ending: Ending = Ending.FAILED, index: int = 0) -> RoundRecord:
+    nodes = tuple(rank.node for rank in ranks)
+    return RoundRecord(index, len(ranks), nodes, started_at=0.0, ended_at=9.0, ranks=ranks, ending=ending)
 
 
-@pytest.mark.parametrize("message", PEER_REPORTS)
-def test_a_rank_that_reports_a_peers_death_is_not_the_cause(message: str) -> None:
-    """What torch.distributed raises in the survivors never hides the rank that died."""
-    survivor = record(0, Outcome.RAISED, message, at=1.0)
-    died = record(1, Outcome.KILLED, "killed by SIGABRT", at=2.0)
-    assert root_cause(round_of(survivor, died)) is died
+def present(ready: tuple[int, ...] = (0, 1), low: int = 2, high: int = 2, **ranks: int) -> Present:
+    before = {int(name[1:]): rank for name, rank in ranks.items()} or {number: number for number in ready}
+    return Present(ready, before, low, high)
 
 
-@pytest.mark.parametrize("message", PEER_REPORTS)
-def test_a_report_of_a_peers_death_is_the_cause_when_it_is_all_there_is(message: str) -> None:
-    """A round that failed always has a cause."""
-    reported = record(1, Outcome.RAISED, message)
-    assert root_cause(round_of(record(0, Outcome.STOPPED), reported)) is reported
+def decided(
+    *rounds: RoundRecord,
+    lost: int = 0,
+    spent: Spent | None = None,
+    restarts: int = 3,
+    nodes: int = 3,
+    membership: Present | None = None,
+) -> Decision:
+    return decide(rounds, lost, spent or Spent(), Budgets(restarts, nodes), membership or present())
 
 
-@pytest.mark.parametrize("message", OWN_FAULTS)
-def test_words_like_those_of_a_peers_death_are_a_ranks_own_fault(message: str) -> None:
-    """Only what torch.distributed says of other ranks counts as such."""
-    killed = record(0, Outcome.KILLED, "killed by SIGKILL", at=1.0)
-    raised = record(1, Outcome.RAISED, message, at=2.0)
-    assert root_cause(round_of(killed, raised)) is raised
-
-
-@pytest.mark.parametrize("end", BEST_FIRST)
-def test_the_earliest_of_a_kind_is_the_cause(end: tuple[Outcome, str]) -> None:
-    """Among ranks that failed alike, time decides; at the same moment the lowest rank."""
-    late, early, same = record(0, *end, at=3.0), record(1, *end, at=1.0), record(2, *end, at=1.0)
-    assert root_cause(round_of(late, early, same)) is early
-    assert root_cause(round_of(late, same, early)) is early
-
-
-@given(rounds())
-def test_a_stopped_or_succeeded_rank_is_never_the_cause(ended: RoundRecord) -> None:
-    """Ranks that this launch stopped, and ranks that returned, explain nothing."""
-    innocent = (Outcome.SUCCEEDED, Outcome.STOPPED)
-    assert root_cause(ended).outcome not in innocent
-    assert failures(ended) == tuple(rank for rank in ended.ranks if rank.outcome not in innocent)
-
-
-@given(rounds(), st.data())
-def test_the_cause_does_not_depend_on_the_order_of_ranks(ended: RoundRecord, data: st.DataObject) -> None:
-    """Whichever agent reports first, the same rank is named."""
-    again = round_of(*data.draw(st.permutations(ended.ranks)))
-    assert root_cause(again) == root_cause(ended)
-
-
-def test_a_round_without_a_failed_rank_has_no_cause() -> None:
-    """Asking for it is a mistake, not a wrong answer."""
-    with pytest.raises(ValueError, match="no failed rank"):
-        root_cause(round_of(record(0, Outcome.SUCCEEDED), record(1, Outcome.STOPPED)))
-
-
-@pytest.mark.parametrize(("used", "allowed"), [(0, 0), (0, 3), (3, 3)])
-def test_a_round_in_which_all_ranks_returned_is_the_last(used: int, allowed: int) -> None:
-    """Success ends the launch, whatever budget is left."""
-    ended = round_of(record(0, Outcome.SUCCEEDED), record(1, Outcome.SUCCEEDED))
-    assert decide(ended, used, allowed) is Decision.FINISH
-
-
-@pytest.mark.parametrize("end", [end for end in BEST_FIRST if end[0] is not Outcome.LOST])
-@pytest.mark.parametrize(
-    ("used", "allowed", "expected"),
-    [
-        (0, 0, Decision.RAISE),
-        (0, 1, Decision.RESTART),
-        (1, 1, Decision.RAISE),
-        (1, 2, Decision.RESTART),
-        (2, 2, Decision.RAISE),
-    ],
+FAILED = round_of(record(0, Outcome.STOPPED), record(1, Outcome.RAISED, "ValueError: bad batch"))
+LOST = round_of(
+    record(0, Outcome.RAISED, PEER_LOST), record(1, Outcome.LOST, "lost with its node"), ending=Ending.NODE_LOST
 )
-def test_failures_of_ranks_are_tried_again_within_the_budget(
-    end: tuple[Outcome, str], used: int, allowed: int, expected: Decision
+
+
+@pytest.mark.parametrize("ending", Ending)
+def test_a_round_in_which_all_ranks_returned_is_the_last(ending: Ending) -> None:
+    """Success ends the launch, whatever was about to end the round, and whatever budget is left."""
+    ended = round_of(record(0, Outcome.SUCCEEDED), record(1, Outcome.SUCCEEDED), ending=ending)
+    assert decided(ended, lost=9, restarts=0, nodes=0) == Finish()
+
+
+@pytest.mark.parametrize("end", WAYS_TO_FAIL)
+@pytest.mark.parametrize(("used", "allowed"), [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2)])
+def test_failures_of_ranks_are_tried_again_within_their_budget(
+    end: tuple[Outcome, str], used: int, allowed: int
 ) -> None:
-    """``max_restarts`` restarts, not one more and not one less, for every way in which a rank can fail."""
+    """``max_restarts`` restarts, not one more and not one less, for every way to fail; lost nodes do not matter."""
     ended = round_of(record(0, Outcome.STOPPED), record(1, *end))
-    assert decide(ended, used, allowed) is expected
+    decision = decided(ended, spent=Spent(used, 7), restarts=allowed, nodes=7)
+    if used < allowed:
+        assert decision == Retry((0, 1), Spent(used + 1, 7))
+    else:
+        assert decision == Raise(Reason.RESTARTS_SPENT, Spent(used, 7))
+
+
+@pytest.mark.parametrize(("used", "allowed"), [(0, 0), (0, 1), (1, 1), (2, 3)])
+def test_lost_nodes_have_a_budget_of_their_own(used: int, allowed: int) -> None:
+    """They spend no restart, and none has to be left; a rank that only reports its peer's end spends none either."""
+    decision = decided(LOST, lost=1, spent=Spent(0, used), restarts=0, nodes=allowed)
+    spent = Spent(0, used + 1)
+    assert decision == (Retry((0, 1), spent) if used < allowed else Raise(Reason.NODE_FAILURES_SPENT, spent))
+
+
+def test_a_rank_that_failed_beside_a_lost_node_spends_from_both() -> None:
+    """A user's exception is a failure of its own."""
+    both = round_of(
+        record(0, Outcome.RAISED, "ValueError: bad batch"), record(1, Outcome.LOST), ending=Ending.NODE_LOST
+    )
+    assert decided(both, lost=1) == Retry((0, 1), Spent(1, 1))
+    assert decided(both, lost=1, restarts=0) == Raise(Reason.RESTARTS_SPENT, Spent(0, 1))
+    assert decided(both, lost=1, nodes=0) == Raise(Reason.NODE_FAILURES_SPENT, Spent(1, 1))
+
+
+@pytest.mark.parametrize("ending", [Ending.DRAINED, Ending.GROWN])
+def test_changes_of_the_nodes_cost_nothing(ending: Ending) -> None:
+    """Also when a rank meets the end of one that left a step before it, or the drained node dies meanwhile."""
+    left = round_of(record(0, Outcome.STOPPED), record(1, Outcome.RAISED, PEER_LOST), ending=ending)
+    assert decided(left, restarts=0, nodes=0) == Retry((0, 1), Spent())
+    died = round_of(record(0, Outcome.STOPPED), record(1, Outcome.LOST), ending=ending)
+    assert decided(died, restarts=0, nodes=0) == Retry((0, 1), Spent())
+
+
+@pytest.mark.parametrize("ending", [Ending.DRAINED, Ending.GROWN])
+def test_a_failure_of_ones_own_counts_also_when_nodes_change(ending: Ending) -> None:
+    """A checkpoint that cannot be written is not excused."""
+    failed = round_of(record(0, Outcome.RAISED, "OSError: No space left on device"), ending=ending)
+    assert decided(failed, restarts=1) == Retry((0, 1), Spent(1))
+    assert decided(failed, restarts=0) == Raise(Reason.RESTARTS_SPENT, Spent())
 
 
 @pytest.mark.parametrize("stage", [Stage.LOAD, Stage.RESULT])
 def test_what_fails_the_same_way_every_time_is_not_tried_again(stage: Stage) -> None:
     """A function that cannot be loaded and a result that cannot be pickled spend no restart."""
     ended = round_of(record(0, Outcome.RAISED, "TypeError: cannot pickle", stage=stage), record(1, Outcome.STOPPED))
-    assert decide(ended, 0, 5) is Decision.RAISE
+    assert decided(ended) == Raise(Reason.HOPELESS, Spent())
 
 
-def test_a_lost_node_is_not_tried_again() -> None:
-    """Its agent is gone, so another round could not start."""
-    ended = round_of(record(0, Outcome.RAISED, PEER_REPORTS[0]), record(2, Outcome.LOST, "lost with its node"))
-    assert decide(ended, 0, 5) is Decision.RAISE
+def crash(rank: int = 1, traceback: str = "at line 7", at: float = 1.0, *, progressed: bool = False) -> RoundRecord:
+    raised = record(rank, Outcome.RAISED, "ValueError", at, traceback=traceback, progressed=progressed)
+    return round_of(record(0, Outcome.STOPPED), raised)
 
 
-@given(rounds(), st.integers(0, 3), st.integers(0, 3))
-def test_a_failed_round_never_finishes_and_never_exceeds_the_budget(
-    ended: RoundRecord, used: int, allowed: int
+def test_the_same_crash_before_any_progress_is_not_tried_a_third_time() -> None:
+    """Same rank, same traceback, twice in a row."""
+    assert decided(crash()) == Retry((0, 1), Spent(1))
+    assert decided(crash(), crash(), spent=Spent(1)) == Raise(Reason.SAME_AGAIN, Spent(1))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (crash(rank=1), crash(rank=2)),
+        (crash(), crash(traceback="at line 8")),
+        (crash(progressed=True), crash()),
+        (crash(), crash(progressed=True)),
+        (crash(at=EARLY_S + 1), crash()),
+        (crash(), crash(at=EARLY_S + 1)),
+    ],
+)
+def test_crashes_that_differ_or_come_late_are_tried_again(one: RoundRecord, other: RoundRecord) -> None:
+    """Another rank, another place, progress in between, or minutes of work: a restart may help."""
+    assert decided(one, other, spent=Spent(1)) == Retry((0, 1), Spent(2))
+
+
+def test_a_crash_is_not_the_same_as_one_before_another_failure() -> None:
+    """In a row means in a row."""
+    between = round_of(record(0, Outcome.KILLED, "killed by SIGKILL"), record(1, Outcome.STOPPED))
+    assert decided(crash(), between, crash(), spent=Spent(2)) == Retry((0, 1), Spent(3))
+
+
+def test_too_few_nodes_are_waited_for() -> None:
+    """With the minimum left it goes on at once, below it waits; what was spent is spent."""
+    assert decided(LOST, lost=1, membership=present((0,), 1, 2)) == Retry((0,), Spent(0, 1))
+    assert decided(LOST, lost=1, membership=present((0,), 2, 2)) == Wait(Spent(0, 1))
+    assert decided(FAILED, membership=present((), 1, 2)) == Wait(Spent(1))
+
+
+def test_the_deadline_ends_the_launch() -> None:
+    """Ranks that were stopped for it have not failed; one that failed before, with no restart left, is the reason."""
+    stopped = round_of(record(0, Outcome.STOPPED), record(1, Outcome.STOPPED), ending=Ending.DEADLINE)
+    assert decided(stopped) == Raise(Reason.DEADLINE, Spent())
+    failed = round_of(record(0, Outcome.STOPPED), record(1), ending=Ending.DEADLINE)
+    assert decided(failed, restarts=0) == Raise(Reason.RESTARTS_SPENT, Spent())
+
+
+@pytest.mark.parametrize("ending", [Ending.FAILED, Ending.HUNG])
+def test_no_round_fails_for_nothing(ending: Ending) -> None:
+    """A round that was ended for a failure costs a restart, also if no rank admits it: rounds are never endless."""
+    stopped = round_of(record(0, Outcome.SUCCEEDED), record(1, Outcome.STOPPED), ending=ending)
+    assert decided(stopped, restarts=1) == Retry((0, 1), Spent(1))
+    assert decided(stopped, restarts=0) == Raise(Reason.RESTARTS_SPENT, Spent())
+
+
+outcomes = st.sampled_from(Outcome)
+
+
+@given(
+    st.lists(outcomes, min_size=1, max_size=4),
+    st.sampled_from(Ending),
+    st.integers(0, 3),
+    st.builds(Spent, st.integers(0, 3), st.integers(0, 3)),
+    st.builds(Budgets, st.integers(0, 3), st.integers(0, 3)),
+)
+def test_no_budget_is_exceeded_and_no_failure_is_a_success(
+    ends: list[Outcome], ending: Ending, lost: int, spent: Spent, budgets: Budgets
 ) -> None:
-    """No mixture of ends makes a failed round a success, or restarts without budget."""
-    decision = decide(ended, used, allowed)
-    assert decision is not Decision.FINISH
-    assert decision is Decision.RAISE or used < allowed
+    """Whatever happens: another round only within both budgets, and success only if every rank returned."""
+    ended = round_of(*(record(rank, outcome) for rank, outcome in enumerate(ends)), ending=ending)
+    decision = decide((ended,), lost, spent, budgets, present())
+    assert (decision == Finish()) == (set(ends) == {Outcome.SUCCEEDED})
+    if isinstance(decision, Retry | Wait):
+        assert decision.spent.restarts <= max(budgets.max_restarts, spent.restarts)
+        assert decision.spent.node_failures <= budgets.max_node_failures
 
 
-def test_ranks_that_failed_alike_say_the_same() -> None:
-    """Same outcome and same message; where and when does not matter."""
-    one = record(0, Outcome.RAISED, "ValueError: 1", at=1.0)
-    assert alike(one, record(5, Outcome.RAISED, "ValueError: 1", at=2.0))
-    assert not alike(one, record(5, Outcome.RAISED, "ValueError: 2"))
-    assert not alike(record(0, Outcome.EXITED, "x"), record(1, Outcome.KILLED, "x"))
+@pytest.mark.parametrize(
+    ("ready", "before", "expected"),
+    [
+        ((5, 6, 7), {}, (5, 6, 7)),
+        ((0, 1, 2), {0: 2, 1: 0, 2: 1}, (1, 2, 0)),
+        ((0, 2), {0: 0, 1: 1, 2: 2}, (0, 2)),
+        ((0, 2, 3), {0: 0, 1: 1, 2: 2, 3: 3}, (0, 3, 2)),
+        ((1, 2), {0: 0, 1: 1, 2: 2}, (2, 1)),
+        ((0, 2, 9), {0: 0, 1: 1, 2: 2}, (0, 9, 2)),
+        ((8, 1, 2, 9), {0: 0, 1: 1, 2: 2}, (8, 1, 2, 9)),
+    ],
+    ids=["first round", "all stay", "tail moves up", "last fills the gap", "rank 0 lost", "newcomer fills", "two come"],
+)
+def test_survivors_keep_their_node_ranks(
+    ready: tuple[int, ...], before: dict[int, int], expected: tuple[int, ...]
+) -> None:
+    """Newcomers take the ranks that are free; without them the highest ranks fill the gaps."""
+    assert node_ranks(Present(ready, before, 1, 8)) == expected
 
 
-def test_a_refused_connection_inside_torch_distributed_is_a_peers() -> None:
-    """The same words are a report of a peer's death where torch.distributed said them."""
-    trace = 'File "/venv/lib/python3.11/site-packages/torch/distributed/rendezvous.py", line 1, in _create_c10d_store'
-    survivor = record(0, Outcome.RAISED, "ConnectionRefusedError: Connection refused", at=1.0, traceback=trace)
-    died = record(1, Outcome.KILLED, "killed by SIGABRT", at=2.0)
-    assert root_cause(round_of(survivor, died)) is died
-
-
-def test_a_round_with_a_lost_node_is_not_tried_again() -> None:
-    """Its agent is gone; while restarts were left it is the lost node, which Flyte may retry, that ends the launch."""
-    raised = record(0, Outcome.RAISED, "ValueError: bad batch", at=1.0)
-    lost = record(1, Outcome.LOST, "lost with its node: it is dead", at=2.0)
-    ended = round_of(raised, lost)
-    assert decide(ended, 0, 3) is Decision.RAISE
-    assert ending_cause(ended, 0, 3) is lost
-    assert ending_cause(ended, 3, 3) is raised
+@given(st.permutations(range(6)), st.integers(0, 6), st.integers(1, 6), st.integers(1, 6))
+def test_ranks_are_without_gaps_and_nobody_moves_without_need(
+    numbers: list[int], left: int, newcomers: int, most: int
+) -> None:
+    """Every rank is given once, at most ``max_nodes`` of them, and who can keep a rank keeps it."""
+    before = {number: rank for rank, number in enumerate(numbers)}
+    ready = (*sorted(numbers[:left]), *range(10, 10 + newcomers))
+    ranked = node_ranks(Present(ready, before, 1, most))
+    assert len(ranked) == min(len(ready), most) == len(set(ranked))
+    for number in numbers[:left]:
+        if before[number] < len(ranked):
+            assert ranked[before[number]] == number

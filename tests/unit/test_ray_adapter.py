@@ -16,6 +16,8 @@ import ray
 from kfpytorch_ray import Elastic, PayloadError, PyTorch, RayBackend
 from kfpytorch_ray.adapters.kubeflow import KubeflowAdapter
 from kfpytorch_ray.adapters.raycluster import RayAdapter
+from kfpytorch_ray.cluster.demand import Demand
+from kfpytorch_ray.cluster.limits import Budgets, Limits
 from kfpytorch_ray.payload import load_payload
 from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
 
@@ -55,8 +57,7 @@ def test_resources_are_the_options_else_the_tasks(
     """``resources_per_node`` wins for all nodes; without it node 0 may differ, as a master does."""
     first_resources = None if first_node is None else NodeResources(first_node)
     request = RayAdapter(RayBackend(resources_per_node=per_node)).build(plan(first_node_resources=first_resources))
-    assert request.first == first
-    assert request.other == other
+    assert request.demand == Demand(first, other, 2, 4)
 
 
 def test_the_payload_is_the_call_and_its_hash_is_announced() -> None:
@@ -82,6 +83,13 @@ def test_the_setup_is_that_of_the_plan_and_the_options() -> None:
     assert (setup.contract, setup.flyte) == (Contract.OPERATOR, given.flyte)
     assert (setup.max_restarts, setup.monitor_interval_s) == (3, 0.5)
     assert (setup.stop_grace_s, setup.preload) == (1.5, ("numpy",))
+
+
+def test_the_limits_are_those_of_the_plan_and_the_options() -> None:
+    """Budgets, time-outs and the range arrive as they were written."""
+    options = RayBackend(max_node_failures=5, checkpoint_grace_s=7, grow_cooldown_s=8, hang_timeout_s=9)
+    limits = RayAdapter(options).build(plan(max_restarts=2, join_timeout_s=60.0, deadline_s=90.0)).limits
+    assert limits == Limits(2, 4, Budgets(2, 5), 60.0, 10.0, 90.0, 7, 8, 9)
 
 
 def test_the_environment_is_carried_and_laid_over(monkeypatch: pytest.MonkeyPatch) -> None:

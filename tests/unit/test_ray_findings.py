@@ -57,6 +57,13 @@ def test_what_ray_honours_is_not_complained_of(config: Any, options: RayBackend)
         (RayBackend(resources_per_node={"CPU": float("nan")}), "RayBackend(resources_per_node): 'CPU'"),
         (RayBackend(resources_per_node="5"), "RayBackend(resources_per_node)"),  # type: ignore[arg-type]
         (RayBackend(stop_grace_s=-0.1), "RayBackend(stop_grace_s)"),
+        (RayBackend(checkpoint_grace_s=-1), "RayBackend(checkpoint_grace_s)"),
+        (RayBackend(grow_cooldown_s=float("inf")), "RayBackend(grow_cooldown_s)"),
+        (RayBackend(silence_timeout_s=0), "RayBackend(silence_timeout_s)"),
+        (RayBackend(silence_timeout_s=None), "RayBackend(silence_timeout_s)"),  # type: ignore[arg-type]
+        (RayBackend(hang_timeout_s=0), "RayBackend(hang_timeout_s)"),
+        (RayBackend(max_node_failures=-1), "RayBackend(max_node_failures)"),
+        (RayBackend(max_node_failures=1.5), "RayBackend(max_node_failures)"),  # type: ignore[arg-type]
         (RayBackend(stop_grace_s="5"), "RayBackend(stop_grace_s)"),  # type: ignore[arg-type]
         (RayBackend(carried_environment="HF_*"), "RayBackend(carried_environment)"),  # type: ignore[arg-type]
         (RayBackend(preload="transformers"), "RayBackend(preload)"),  # type: ignore[arg-type]
@@ -116,9 +123,11 @@ def test_what_has_no_effect_is_said(config: Any, policy: RunPolicy, words: str) 
 
 def test_rendezvous_settings_without_effect_are_listed() -> None:
     """One warning names all of them, and none that is honoured."""
-    config = Elastic(rdzv_configs={"timeout": 5, "join_timeout": 5, "last_call_timeout": 5, "close_timeout": 5})
+    config = Elastic(
+        rdzv_configs={"timeout": 5, "join_timeout": 5, "last_call_timeout": 5, "close_timeout": 5, "read_timeout": 5}
+    )
     (warning,) = find(config, RayBackend()).warnings
-    assert "close_timeout, last_call_timeout have no effect" in warning
+    assert "rdzv_configs close_timeout, read_timeout have no effect" in warning
     assert "join_timeout" not in warning
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfpytorch_ray.cluster.placement import Demand, Resources, _fits, _fitting, _shown
+from kfpytorch_ray.cluster import demand as asked
+from kfpytorch_ray.cluster.demand import Demand, Resources, fits, shown
 
 SMALL: Resources = {"CPU": 4.0}
 LARGE: Resources = {"CPU": 16.0, "GPU": 8.0}
@@ -21,7 +22,7 @@ def same(of_each: Resources, low: int, high: int) -> Demand:
 
 
 def fitting(demand: Demand, *has: Resources, private: bool = False) -> int:
-    return _fitting(demand, nodes(*has), private=private)
+    return asked.fitting(demand, nodes(*has), private=private)
 
 
 def test_bundles_are_listed_by_node_rank() -> None:
@@ -125,11 +126,11 @@ def test_as_many_fit_as_trying_all_assignments_finds(
             count
             for count in range(1, most + 1)
             for chosen in permutations(cluster, count)
-            if all(_fits(bundle, has) for bundle, has in zip(demand.bundles(count), chosen, strict=True))
+            if all(fits(bundle, has) for bundle, has in zip(demand.bundles(count), chosen, strict=True))
         ),
         default=0,
     )
-    assert _fitting(demand, nodes(*cluster), private=False) == best
+    assert asked.fitting(demand, nodes(*cluster), private=False) == best
 
 
 @pytest.mark.parametrize(("cpus", "expected"), [(1, 0), (2, 1), (5, 2), (6, 3), (100, 3)])
@@ -153,7 +154,7 @@ def test_a_ray_without_a_node_holds_nothing() -> None:
 def test_resources_are_shown_for_people() -> None:
     """Sorted, memory in GiB, whole numbers without a point, and none of Ray's own markers."""
     assert (
-        _shown(
+        shown(
             {
                 "memory": 3 * 2**30,
                 "object_store_memory": 2**29,
@@ -169,4 +170,4 @@ def test_resources_are_shown_for_people() -> None:
         )
         == "{CPU: 4, GPU: 0.5, fast_disk: 1, memory: 3.0GiB, object_store_memory: 0.5GiB}"
     )
-    assert _shown({}) == "{}"
+    assert shown({}) == "{}"

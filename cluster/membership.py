@@ -1,0 +1,310 @@
+"""Which agents a launch has: started where nodes are reserved, watched, given up, replaced.
+
+Lives in the driver. The controller asks for the agents that are ready, and tells which of them it lost; how many are
+enough, and what a loss costs, is not decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from kfpytorch_ray.cluster.agent import ElasticAgent
+from kfpytorch_ray.cluster.placement import Reservation, Slot, alive_nodes, draining_nodes
+from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
+from kfpytorch_ray.cluster.pulse import Pulse
+from kfpytorch_ray.errors import LaunchError, explain
+
+logger = logging.getLogger(__name__)
+
+_AGENT_THREADS = 8
+"""Calls that an agent answers at once: the round, the wait for its failure, and beside them pulse, stop, shutdown."""
+_END_WAIT_S = 30.0
+"""Longest wait for an agent to stop its workers and remove its files, beyond the grace."""
+_LOOK_S = 1.0
+"""Seconds between two looks at Ray's tables."""
+_SHUN_S = 70.0
+"""How long a silent node gets nothing new: by then Ray has noticed, too, or the node has come back."""
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """An agent.
+
+    Attributes:
+        number: Of this agent; a replacement has another.
+        slot: Where it runs.
+        address: The address that Ray knows for its node.
+        handle: The actor.
+        started: Becomes ready when the agent has loaded everything.
+        ready: Whether it has.
+        lost_because: Why it is no member any more.
+    """
+
+    number: int
+    slot: Slot
+    address: str
+    handle: Any
+    started: Any
+    ready: bool = False
+    lost_because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """An agent that is gone.
+
+    Attributes:
+        address: Of its node.
+        reason: What is known.
+        charged: Whether it counts against ``max_node_failures``. Not one on a node that is being drained, or that was
+            not up yet and not needed, or that gave up this process because it stood still.
+    """
+
+    address: str
+    reason: str
+    charged: bool
+
+
+@dataclass(slots=True)
+class _Notices:
+    """What Ray and the pulse say of nodes: who is taken away and when (epoch), who is silent and until when shunned."""
+
+    draining: dict[str, float] = field(default_factory=dict)
+    shunned_until: dict[str, float] = field(default_factory=dict)
+
+    def silent(self) -> set[str]:
+        now = time.monotonic()
+        return {node for node, until in self.shunned_until.items() if now < until}
+
+
+class Membership:
+    """The agents of one launch.
+
+    Args:
+        reservation: Where they may run.
+        setup: What each is given.
+        payload: A reference to the pickled call.
+        min_nodes: As many agents are needed.
+    """
+
+    def __init__(self, reservation: Reservation, setup: AgentSetup, payload: Any, min_nodes: int) -> None:
+        self._reservation = reservation
+        self._setup = setup
+        self._payload = payload
+        self._min_nodes = min_nodes
+        self.settled = False
+        """Whether agents have been ready together: then one that cannot start is its node's fault."""
+        self._members: dict[int, Member] = {}
+        self._numbers = itertools.count()
+        self._pulse = Pulse(setup.silence_timeout_s)
+        self._notices = _Notices()
+        self._losses: list[Loss] = []
+        self._looked_at = float("-inf")
+
+    def refresh(self, *, now: bool = False) -> None:
+        """Start agents where nodes were placed, take in those that are ready, give up those that are gone.
+
+        Raises:
+            LaunchError: An agent cannot start, and another would not either.
+        """
+        self._take_in()
+        self._hear()
+        if not now and time.monotonic() - self._looked_at < _LOOK_S:
+            return
+        self._looked_at = time.monotonic()
+        self._notices.draining = draining_nodes()
+        self._reservation.refresh(self._notices.draining.keys(), self._notices.silent())
+        slots = self._reservation.slots()
+        self._leave_lost_slots(slots)
+        addresses = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
+        for index, slot in slots.items():
+            # A node may have died since it was placed.
+            if index not in self._members and slot.node_id in addresses:
+                self._members[index] = self._start(slot, addresses[slot.node_id])
+
+    def ready(self) -> list[Member]:
+        """Agents that can take part in a round, by slot; not those on nodes that are being drained."""
+        return [
+            member
+            for _, member in sorted(self._members.items())
+            if member.ready and member.slot.node_id not in self._notices.draining
+        ]
+
+    def starting(self) -> bool:
+        """Whether an agent is on its way."""
+        return any(not member.ready for member in self._members.values())
+
+    def drained_at(self, member: Member) -> float | None:
+        """When (epoch) a member's node is taken away; None if it is not about to be."""
+        return self._notices.draining.get(member.slot.node_id)
+
+    def pulse_of(self, member: Member) -> NodePulse | None:
+        """A member's last answer."""
+        return self._pulse.latest(member.number)
+
+    def has(self, member: Member) -> bool:
+        """Whether a member is still one."""
+        return self._members.get(member.slot.index) is member
+
+    def lose(self, member: Member, error: Exception | str, *, silent: bool = False) -> None:
+        """Give a member up. A second time does nothing."""
+        if not self.has(member):
+            return
+        node = member.slot.node_id
+        alive = node in alive_nodes()
+        draining = node in self._notices.draining or node in draining_nodes()
+        preempted = draining or getattr(error, "preempted", False)
+        # Nor is a node tried again and again on which an agent does not come up.
+        shunned = silent or not member.ready
+        if shunned:
+            self._notices.shunned_until[node] = time.monotonic() + _SHUN_S
+        self._drop(member, gone=shunned or draining or not alive)
+        if not member.ready and not alive:
+            # It takes nothing with its node.
+            return
+        needed = member.ready or len(self.ready()) < self._min_nodes
+        charged = needed and not preempted and not self._pulse.stood_still
+        # Ray's messages are lists over many lines.
+        member.lost_because = " ".join(str(error).split())
+        self._losses.append(Loss(member.address, member.lost_because, charged))
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when an agent has started or failed to, or after ``timeout_s``."""
+        starting = [member.started for member in self._members.values() if not member.ready]
+        if starting:
+            ray.wait(starting, timeout=timeout_s)
+        else:
+            time.sleep(timeout_s)
+
+    def take_losses(self) -> list[Loss]:
+        """Losses since the last call."""
+        losses, self._losses = self._losses, []
+        return losses
+
+    def part_with_drained(self) -> None:
+        """End the agents whose nodes are being drained; they take part in nothing any more."""
+        for member in [*self._members.values()]:
+            if member.slot.node_id in self._notices.draining:
+                self._drop(member, gone=True)
+
+    def waiting(self) -> str:
+        """What the launch waits for."""
+        text = self._reservation.waiting()
+        starting = [member.address for member in self._members.values() if not member.ready]
+        return f"{text} Agents still starting on: {', '.join(starting)}." if starting else text
+
+    def end(self) -> None:
+        """Stop all workers and end the agents; a second interrupt still kills them."""
+        handles = [member.handle for member in self._members.values()]
+        self._members = {}
+        try:
+            self._pulse.close()
+            if endings := [handle.shutdown.remote() for handle in handles]:
+                ray.wait(endings, num_returns=len(endings), timeout=self._setup.stop_grace_s + _END_WAIT_S)
+        finally:
+            for handle in handles:
+                _kill(handle)
+
+    def _start(self, slot: Slot, address: str) -> Member:
+        amounts = dict(slot.resources)
+        actor: Any = ray.remote(ElasticAgent).options(
+            num_cpus=amounts.pop("CPU", 0),
+            num_gpus=amounts.pop("GPU", 0),
+            memory=amounts.pop("memory", None),
+            resources=amounts,
+            max_concurrency=_AGENT_THREADS,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, slot.bundle),
+        )
+        handle: Any = actor.remote(self._setup, address)
+        return Member(next(self._numbers), slot, address, handle, handle.load.remote(self._payload))
+
+    def _take_in(self) -> None:
+        starting = {member.started: member for member in self._members.values() if not member.ready}
+        if not starting:
+            return
+        started, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0)
+        for ref in started:
+            member = starting[ref]
+            try:
+                ray.get(ref)
+            except SupervisorLostError:
+                self.lose(member, "its supervisor process died")
+            except RayError as error:
+                by_itself = isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False)
+                if by_itself and not self.settled:
+                    raise self._start_failed(member, error) from error
+                self.lose(member, error)
+            else:
+                member.ready = True
+                self._pulse.watch(member.number, member.handle)
+
+    def _hear(self) -> None:
+        silent = self._pulse.silent()
+        errors = self._pulse.errors()
+        for member in [*self._members.values()]:
+            if member.number in errors:
+                self.lose(member, errors[member.number])
+            elif member.number in silent:
+                self.lose(member, f"it has not answered for {self._setup.silence_timeout_s:g} s", silent=True)
+
+    def _leave_lost_slots(self, slots: Mapping[int, Slot]) -> None:
+        """Give up agents whose node is gone, also before Ray reports them: it can take seconds."""
+        alive = alive_nodes()
+        for index, member in [*self._members.items()]:
+            slot = slots.get(index)
+            if slot is not None and (slot.group, slot.node_id) == (member.slot.group, member.slot.node_id):
+                continue
+            if not member.ready:
+                # It has never been anywhere; its place is.
+                self._drop(member, gone=False)
+            elif member.slot.node_id not in alive:
+                self.lose(member, "its node died")
+
+    def _drop(self, member: Member, *, gone: bool) -> None:
+        self._pulse.forget(member.number)
+        del self._members[member.slot.index]
+        self._reservation.lost(member.slot.index, gone=gone)
+        _kill(member.handle)
+
+    def _start_failed(self, member: Member, error: Exception) -> LaunchError:
+        message = explain(
+            f"{self._setup.name}: the agent on {member.address} did not start.",
+            str(error),
+            "Check that every node has the same versions of Python, ray, torch, flytekit and kfpytorch_ray as the "
+            "driver.",
+        )
+        return LaunchError(message, time.time())
+
+
+@contextmanager
+def agents_on(reservation: Reservation, setup: AgentSetup, payload: bytes, min_nodes: int) -> Iterator[Membership]:
+    """Have agents wherever nodes are reserved; they and their workers end with the context.
+
+    Args:
+        reservation: Where they may run.
+        setup: What each is given.
+        payload: The pickled call.
+        min_nodes: As many are needed.
+    """
+    membership = Membership(reservation, setup, ray.put(payload), min_nodes)
+    try:
+        yield membership
+    finally:
+        membership.end()
+
+
+def _kill(handle: Any) -> None:
+    # Its guardian notices the end of the agent, kills what is left and removes the files.
+    with contextlib.suppress(RayError):
+        ray.kill(handle)
