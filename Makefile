@@ -9,10 +9,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# Most of their time these tests wait; each process has a cluster of its own.
+CHAOS_PROCESSES ?= 2
+CHAOS_RUNS ?= 20
+CHAOS = $(BIN)/pytest tests/chaos -n $(CHAOS_PROCESSES) --dist worksteal
+
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test chaos check format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -21,7 +26,11 @@ demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 	$(BIN)/python examples/digits.py
 
 test: $(INSTALLED) ## Run all tests
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore tests/chaos
+	$(CHAOS) --chaos-runs 2
+
+chaos: $(INSTALLED) ## Break every row of the failure table CHAOS_RUNS times (20) and count hangs and leftovers
+	$(CHAOS) --chaos-runs $(CHAOS_RUNS)
 
 check: $(INSTALLED) ## Lint, formatting, types and layers
 	$(BIN)/ruff check
