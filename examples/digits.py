@@ -4,17 +4,19 @@
     python examples/digits.py --backend kubeflow     two processes of torch elastic, as upstream's plugin runs them
     pyflyte run examples/digits.py wf --epochs 5     KFPYTORCH_RAY_BACKEND names the backend
 
-The 1,797 images of 8 x 8 pixels come with scikit-learn, so nothing is downloaded.
+The 1,797 images of 8 x 8 pixels come with scikit-learn, so nothing is downloaded. Every epoch ends with a checkpoint:
+kill a worker in the middle, and the others go on with its successor from the last one.
 """
 
 import argparse
+import io
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from flytekit import Deck, FlyteContextManager, task, workflow
+from flytekit import Deck, FlyteContextManager, current_context, task, workflow
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from kfpytorch_ray import Elastic
+from kfpytorch_ray import Elastic, progress, stop_requested
 
 if __name__ == "__main__":
     # The decorator below is evaluated while this file is read, so the command line has to be read before it.
@@ -123,8 +125,36 @@ def loss_curve(losses: list[float], accuracy: float) -> str:
     )
 
 
+def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    """Write down where the training is; rank 0 does, for all of them."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": len(losses), "losses": losses}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    current_context().checkpoint.write(buffer.getvalue())
+
+
+def restore_checkpoint(
+    model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[int, list[float]]:
+    """Go on where an earlier round, or an earlier attempt of the task, has stopped: its epochs, and their losses."""
+    saved = current_context().checkpoint.read()
+    if saved is None:
+        return 0, []
+    state = torch.load(io.BytesIO(saved), map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["epoch"], state["losses"]
+
+
+def all_shall_stop(device: torch.device) -> bool:
+    """Whether any rank is asked to leave: agreed on, or those that stay would wait for the others for ever."""
+    asked = torch.tensor(int(stop_requested()), device=device)
+    dist.all_reduce(asked)
+    return bool(asked)
+
+
 @task(
-    task_config=Elastic(nnodes=NNODES, nproc_per_node=NPROC_PER_NODE, backend=BACKEND),
+    task_config=Elastic(nnodes=NNODES, nproc_per_node=NPROC_PER_NODE, max_restarts=3, backend=BACKEND),
     environment={"KFPYTORCH_RAY_BACKEND": BACKEND},  # this file is read again in the container
     enable_deck=True,
 )
@@ -142,10 +172,17 @@ def train(epochs: int, seed: int) -> tuple[dict[str, Tensor], float]:
         loader = DataLoader(training, batch_size=BATCH_SIZE, sampler=sampler)
         model = DistributedDataParallel(DigitsCNN().to(device))
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        losses = []
-        for epoch in range(epochs):
+        first_epoch, losses = restore_checkpoint(model.module, optimizer, device)
+        if first_epoch and dist.get_rank() == 0:
+            print(f"resumed from epoch {first_epoch}")
+        for epoch in range(first_epoch, epochs):
             sampler.set_epoch(epoch)
             losses.append(train_epoch(model, loader, optimizer, device))
+            progress(epoch)
+            if dist.get_rank() == 0:
+                save_checkpoint(model.module, optimizer, losses)
+            if all_shall_stop(device):
+                return {}, 0.0  # not used: another round goes on from the checkpoint
         accuracy = evaluate(model.module, test, device)
         if dist.get_rank() == 0:
             Deck("Loss curve", loss_curve(losses, accuracy))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+
+from kfpytorch_ray.testing import nothing_left, wait_until
 
 DEADLINE_S = 120.0
 
@@ -18,39 +18,28 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Poll until ``condition`` holds; fail after a deadline that only a hang can reach."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"still waiting for: {what}"
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], object], str], None]:
     """``wait_until`` for tests."""
     return wait_until
 
 
-def leftovers() -> set[str]:
-    """What a launch leaves if it is careless: fork servers, workers, folders, shared memory."""
-    found = {str(path) for parent in ("/tmp", "/dev/shm") for path in Path(parent).glob("kfpytorch_ray-*")}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"kfpytorch_ray.cluster.guardian" in command:
-            found.add(f"{process.name}: {command.decode(errors='replace')}")
-    return found
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder() -> Iterator[str]:
+    """A folder for temporary files of these tests' own, so that they see their leftovers and nobody else's."""
+    folder = tempfile.mkdtemp(prefix="k", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", None)
+        yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(temporary_folder: str) -> Iterator[None]:
     """Every test ends with the processes and files that were there before it."""
-    before = leftovers()
-    yield
-    wait_until(lambda: leftovers() <= before, "the end of what the test started")
+    with nothing_left(temporary_folder, DEADLINE_S):
+        yield
 
 
 @pytest.fixture

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.cluster_utils import Cluster
 
-from kfpytorch_ray import Elastic, InfeasibleError, NodeLostError, PlacementTimeoutError, RayBackend, launch
+from kfpytorch_ray import Elastic, InfeasibleError, PlacementTimeoutError, RayBackend, launch
+from kfpytorch_ray.cluster import controller
+from kfpytorch_ray.testing import meanwhile, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -83,43 +86,47 @@ def test_range_starts_with_the_nodes_that_are_there(two_nodes: Cluster) -> None:
     assert launch(work, elastic=on("1:4"))[0].return_value == "2"
 
 
-def test_busy_nodes_are_waited_for_and_named_at_the_join_timeout(two_nodes: Cluster) -> None:
-    """Demand that fits the cluster but not now ends with what is free, and may be tried again."""
+def test_busy_nodes_are_waited_for_and_named_at_the_join_timeout(
+    two_nodes: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Demand that fits the cluster but not now ends with what is free, may be tried again, and was told all along."""
+    monkeypatch.setattr(controller, "REPORT_INTERVAL_S", 0.2)
     holder = ray.util.placement_group([{"CPU": 4}])
     assert holder.wait(30)
     try:
-        with pytest.raises(PlacementTimeoutError, match="1 of 2 fit now") as caught:
-            launch(int, elastic=on(2, join_timeout=0.5))
-        assert caught.value.retryable
+        with pytest.raises(PlacementTimeoutError, match=r"0 of 2 nodes are placed: .* 1 would fit now") as caught:
+            launch(int, elastic=on(2, join_timeout=1))
     finally:
         ray.util.remove_placement_group(holder)
+    assert caught.value.retryable
+    why = next(line for line in str(caught.value).splitlines() if line.startswith("Why: ")).removeprefix("Why: ")
+    assert "Missing: 1 x {CPU: 1}; the nearest node has {" in why
+    assert "the largest has {CPU: 4, GPU: 2" in why
+    assert any(why in record.getMessage() for record in caplog.records)
 
 
-def test_lost_node_ends_the_launch_with_a_retryable_error(
-    two_nodes: Cluster, tmp_path: Path, eventually: Callable[[Callable[[], object], str], None]
-) -> None:
-    """A raylet that dies under a collective takes its agent: the error names the node, nothing stays."""
-    import threading
-
-    node = two_nodes.add_node(num_cpus=4, resources={"doomed": 1})
+def test_nodes_that_are_missing_are_demand_that_an_autoscaler_sees(two_nodes: Cluster, tmp_path: Path) -> None:
+    """A range that runs with two of four nodes asks for the other two, as KubeRay's autoscaler reads it."""
 
     def work(folder: str) -> None:
-        import signal
+        import time
 
-        import torch.distributed as dist
+        while not Path(folder, "seen").exists():
+            time.sleep(0.02)
 
-        dist.init_process_group("gloo")
-        dist.barrier()
-        Path(folder, os.environ["RANK"]).touch()
-        signal.pause()
+    def demanded() -> int:
+        status = get_cluster_status(two_nodes.address)
+        return sum(
+            bundle.count
+            for group in status.resource_demands.placement_group_demand
+            for bundle in group.bundles_by_count
+        )
 
-    def kill_when_running() -> None:
-        eventually(lambda: len(list(tmp_path.iterdir())) == 3, "three ranks to run")
-        two_nodes.remove_node(node, allow_graceful=False)
+    def look() -> None:
+        wait_until(lambda: demanded() == 2, "the demand for two nodes", 60)
+        Path(tmp_path, "seen").touch()
 
-    killer = threading.Thread(target=kill_when_running)
-    killer.start()
-    with pytest.raises(NodeLostError, match="lost with its node") as caught:
-        launch(work, str(tmp_path), elastic=on(3))
-    killer.join()
-    assert caught.value.retryable
+    with meanwhile(look):
+        result = launch(work, str(tmp_path), elastic=on("1:4"))
+    assert result.rounds[0].world_size == 2
+    wait_until(lambda: demanded() == 0, "the end of the demand", 60)

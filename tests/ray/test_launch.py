@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import ray
 import torch
 
+import kfpytorch_ray
 from kfpytorch_ray import (
     Elastic,
     InfeasibleError,
@@ -23,10 +25,11 @@ from kfpytorch_ray import (
     ResultError,
     RunPolicy,
     WorkerFailedError,
+    WorkerHungError,
     launch,
 )
 from kfpytorch_ray.errors import DeadlineExceededError
-from kfpytorch_ray.results import Outcome
+from kfpytorch_ray.results import Ending, Outcome
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -69,7 +72,8 @@ def test_workers_find_what_torchrun_gives_them(tmp_path: Path, monkeypatch: pyte
     script.write_text(TORCHRUN_PROBE)
     folder = tmp_path / "torchrun"
     folder.mkdir()
-    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # torchrun leaves its folder for logs behind.
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"TMPDIR": str(tmp_path)}
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script), str(folder)],
         env=clean,
@@ -440,27 +444,120 @@ def test_deadline_stops_everything(tmp_path: Path) -> None:
     assert [rank.outcome for rank in caught.value.rounds[-1].ranks] == [Outcome.STOPPED] * 2
 
 
-def test_killed_agent_is_a_lost_node(tmp_path: Path) -> None:
-    """SIGKILL of an agent ends the launch with a retryable error; its workers and files go with it."""
+def kill_own_agent() -> None:
+    """SIGKILL of the agent that a worker belongs to: worker -> fork server -> agent."""
+    import signal
 
-    def work(folder: str) -> None:
+    agent = int(Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(agent, signal.SIGKILL)
+
+
+def test_killed_agent_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
+    """SIGKILL of an agent costs a node failure and no restart; the other agent goes on, with its processes."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def work(folder: str) -> tuple[int, str, str]:
         import signal
         import time
 
         rank = os.environ["RANK"]
+        first = not Path(folder, "killed").exists()
         Path(folder, rank).touch()
         while not all(Path(folder, other).exists() for other in "01"):
             time.sleep(0.01)
-        if rank == "1":
-            # worker -> fork server -> agent
-            agent = int(Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[1])
-            os.kill(agent, signal.SIGKILL)
-        signal.pause()
+        if first and rank == "1":
+            Path(folder, "killed").touch()
+            kill_own_agent()
+        if first:
+            signal.pause()
+        return os.getppid(), os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["GROUP_RANK"]
 
-    with pytest.raises(NodeLostError, match="node 1") as caught:
-        launch(work, str(tmp_path), elastic=on_ray(nnodes=2, nproc=1))
+    result = launch(work, str(tmp_path), elastic=on_ray(nnodes=2, nproc=1))
+    lost, _ = result.rounds
+    assert [rank.outcome for rank in lost.ranks] == [Outcome.STOPPED, Outcome.LOST]
+    assert lost.ending is Ending.NODE_LOST
+    assert [result[rank].return_value[1:] for rank in (0, 1)] == [("0", "0"), ("0", "1")]
+
+
+def test_lost_agents_end_the_launch_when_their_budget_is_spent(tmp_path: Path) -> None:
+    """The error may be retried by Flyte and names node and budget; restarts that are left do not count for it."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def work() -> None:
+        kill_own_agent()
+
+    job = on_ray(nnodes=1, nproc=1, max_restarts=5, max_node_failures=1)
+    with pytest.raises(NodeLostError, match=r"nodes lost: 2 of 1 \(max_node_failures\)") as caught:
+        launch(work, elastic=job)
     assert caught.value.retryable
-    assert [rank.outcome for rank in caught.value.rounds[0].ranks] == [Outcome.STOPPED, Outcome.LOST]
+    assert [ended.ending for ended in caught.value.rounds] == [Ending.NODE_LOST] * 2
+
+
+def test_the_same_crash_twice_is_not_tried_a_third_time() -> None:
+    """Before any progress; after progress every restart is used."""
+
+    def work(progresses: bool) -> None:
+        if progresses:
+            kfpytorch_ray.progress(0)
+        msg = "always"
+        raise ValueError(msg)
+
+    with pytest.raises(WorkerFailedError, match="not tried again: the same rank failed at the same place") as caught:
+        launch(work, False, elastic=on_ray(nproc=1, max_restarts=5))
+    assert len(caught.value.rounds) == 2
+    with pytest.raises(WorkerFailedError, match="Restarts used: 3 of 3") as caught:
+        launch(work, True, elastic=on_ray(nproc=1, max_restarts=3))
+    assert [ended.ranks[0].step for ended in caught.value.rounds] == [0] * 4
+
+
+def test_a_hang_ends_with_everybodys_stacks() -> None:
+    """A rank that waits for what never comes is found by the stacks; the wait is bounded by ``hang_timeout_s``."""
+
+    def stuck_here() -> None:
+        import threading
+
+        threading.Event().wait()
+
+    def work() -> None:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        kfpytorch_ray.progress(41)
+        if dist.get_rank() == 1:
+            stuck_here()
+        dist.barrier()
+
+    with pytest.raises(WorkerHungError, match="in stuck_here") as caught:
+        launch(work, elastic=on_ray(hang_timeout_s=3.0))
+    ranks = caught.value.rounds[-1].ranks
+    assert [rank.outcome for rank in ranks] == [Outcome.HUNG] * 2
+    assert [rank.step for rank in ranks] == [41, 41]
+    assert "barrier" in ranks[0].stacks
+    assert "stuck_here" in ranks[1].stacks
+
+
+def test_checkpoints_are_in_the_same_place_in_every_round() -> None:
+    """What one round wrote the next reads, on every rank; the first finds nothing, which is no error."""
+
+    def work() -> tuple[bytes | None, bytes | None]:
+        import flytekit
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        checkpoint = flytekit.current_context().checkpoint
+        found = checkpoint.read()
+        dist.barrier()
+        if found is None:
+            if dist.get_rank() == 0:
+                checkpoint.write(b"after round 0")
+            dist.barrier()
+            msg = "half way"
+            raise RuntimeError(msg)
+        return found, checkpoint.read()
+
+    result = launch(work, elastic=on_ray(max_restarts=1))
+    assert [result[rank].return_value for rank in (0, 1)] == [(b"after round 0", b"after round 0")] * 2
+    assert [rank.progressed for rank in result.rounds[0].ranks] == [True, False]
 
 
 def test_workers_do_not_share_random_state() -> None:
