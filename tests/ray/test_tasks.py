@@ -32,13 +32,17 @@ def test_task_brings_home_value_decks_and_metadata(tmp_path: Path) -> None:
         context = flytekit.current_context()
         rank = os.environ["RANK"]
         Deck("curve", f"<p>rank {rank}</p>")
-        assert context.checkpoint is not None
-        context.checkpoint.write(f"step {steps}".encode())
+        earlier = now = None
+        if rank == "0":
+            earlier = context.checkpoint.read()
+            context.checkpoint.write(f"step {steps}".encode())
+            now = context.checkpoint.read()
         value = {
             "rank": rank,
             "environment": os.environ["OF_THE_TASK"],
             "prefix": context.raw_output_prefix,
-            "earlier": str(context.checkpoint.read()),
+            "earlier": str(earlier),
+            "now": str(now),
             "execution": context.execution_id.name,
         }
         FlyteContextManager.current_context().output_metadata_tracker.add(
@@ -68,7 +72,7 @@ def test_task_brings_home_value_decks_and_metadata(tmp_path: Path) -> None:
     assert value["rank"] == "0"
     assert value["environment"] == "yes"
     assert value["prefix"] == str(tmp_path / "raw")
-    assert value["earlier"] == str(b"step 3")
+    assert (value["earlier"], value["now"]) == (str(b"step 3"), str(b"step 4"))
     assert [deck.name for deck in decks] == ["curve"]
     assert "rank 0" in decks[0].html
     assert not any(isinstance(deck, TimeLineDeck) for deck in decks)
