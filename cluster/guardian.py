@@ -33,6 +33,7 @@ _LOOK_S = 0.5
 _RETRY_S = 0.02
 _LONGEST_RETRY_S = 0.5
 _AGENT_END_WAIT_S = 5.0
+_LOOKS = 3
 
 
 def start_guardian(mark: str) -> None:
@@ -78,21 +79,27 @@ def strays(mark: str, agent: int) -> set[int]:
     return {pid for pid in parents if agent not in _ancestry(pid, parents) and _is_marked(pid, mark.encode())}
 
 
-def kill_all(find: Callable[[], set[int]], timeout_s: float = float("inf")) -> None:
+def kill_all(find: Callable[[], set[int]], timeout_s: float = float("inf"), looks: int = 1) -> None:
     """SIGKILL to what is found, until nothing is found any more.
 
     Args:
         find: Finds processes.
         timeout_s: Longest time for it; a process in the kernel's hands may not end at all.
+        looks: How often nothing must be found in a row: a process in the middle of an exec shows no environment.
     """
     deadline = time.monotonic() + timeout_s
     untouchable: set[int] = set()
     pause_s = _RETRY_S
-    while (left := find() - untouchable) and time.monotonic() < deadline:
+    empty = 0
+    while time.monotonic() < deadline:
+        left = find() - untouchable
+        empty = 0 if left else empty + 1
+        if empty == looks:
+            return
         untouchable |= {pid for pid in left if not _kill(pid)}
         # They end a moment later.
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
+        pause_s = min(2 * pause_s, _LONGEST_RETRY_S) if left else _RETRY_S
 
 
 def _all_processes() -> list[int]:
@@ -141,10 +148,10 @@ def _main(mark: str, raylet: str, heartbeat_file: str) -> None:
         sys.stderr.flush()
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(agent_end, signal.SIGKILL)
-    kill_all(lambda: marked_processes(mark))
+    kill_all(lambda: marked_processes(mark), looks=_LOOKS)
     select.select([agent_end], [], [], _AGENT_END_WAIT_S)
     # Once more: the agent may have started something before it died.
-    kill_all(lambda: marked_processes(mark))
+    kill_all(lambda: marked_processes(mark), looks=_LOOKS)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +34,7 @@ if __name__ == "__main__":
 """
 
 HELPER = """
+
 import torch
 import torch.distributed as dist
 
@@ -131,6 +134,9 @@ def job_server(
             process.send_signal(signal.SIGTERM)
         for process in processes:
             process.wait(60)
+        # Ray's dashboard leaves its own.
+        for folder in Path(tempfile.gettempdir()).glob("pymp-*"):
+            shutil.rmtree(folder)
 
 
 def answers(port: int) -> bool:

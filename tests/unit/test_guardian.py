@@ -148,7 +148,7 @@ def guarded(tmp_path: Path, **variables: str) -> Iterator[tuple[subprocess.Popen
         for folder in folders:
             folder.mkdir()
             (folder / "file").write_text("x")
-        assert marked_processes(mark) == set(map(int, marked))
+        until(lambda: marked_processes(mark) == set(map(int, marked)))
         try:
             yield agent, mark, set(map(int, marked)), folders
         finally:
