@@ -27,7 +27,7 @@ demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/pytest --ignore tests/chaos
-	$(CHAOS) --chaos-runs 2
+	$(CHAOS) --chaos-runs 1
 
 chaos: $(INSTALLED) ## Break every row of the failure table CHAOS_RUNS times (20) and count hangs and leftovers
 	$(CHAOS) --chaos-runs $(CHAOS_RUNS)

@@ -20,7 +20,7 @@ from training import Log
 from kfpytorch_ray import KfpytorchRayError
 from kfpytorch_ray.testing import LaptopCluster, Leftovers, left_after, wait_until
 
-DEADLINE_S = 150
+DEADLINE_S = 240
 NODES = 3
 
 # Workers need not find this folder.

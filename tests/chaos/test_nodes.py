@@ -145,7 +145,7 @@ def test_no_replacement_comes(whole: LaptopCluster, log: Log) -> None:
         whole.wait_for_loss(node)
 
     with pytest.raises(NodeLostError) as caught, meanwhile(break_it):
-        launch(train, log, elastic=job(3, join_timeout_s=30))
+        launch(train, log, elastic=job(3, join_timeout_s=60))
     assert caught.value.retryable
     assert caught.value.rounds[0].ranks[2].outcome is Outcome.LOST
 

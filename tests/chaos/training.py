@@ -196,7 +196,7 @@ def raise_beside_the_deaf(log: Log) -> None:
 
 
 def job(
-    nnodes: int | str, *, max_restarts: int = 0, join_timeout_s: float = 60, nproc: int = 1, **options: Any
+    nnodes: int | str, *, max_restarts: int = 0, join_timeout_s: float = 120, nproc: int = 1, **options: Any
 ) -> Elastic:
     """A job on the cluster, with short limits."""
     limits = {"silence_timeout_s": 15.0, "stop_grace_s": 2.0, "checkpoint_grace_s": 20.0, "working_dir": ""}
