@@ -25,7 +25,6 @@ from kfpytorch_ray.cluster.environment import node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
 from kfpytorch_ray.cluster.protocol import (
-    MARK_VARIABLE,
     AgentSetup,
     Failed,
     Failing,
@@ -39,7 +38,7 @@ from kfpytorch_ray.cluster.protocol import (
     SupervisorLostError,
     SupervisorSetup,
 )
-from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
 
 if TYPE_CHECKING:
     from kfpytorch_ray.cluster.spool import Spooled

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_VARIABLE
 from kfpytorch_ray.plan import LaunchPlan
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ NEVER_CARRIED = (
     "TORCH_EXTENSIONS_DIR",
     "TORCHINDUCTOR_CACHE_DIR",
     "RAY_*",
-    "KFPYTORCH_RAY_AGENT",
-    "KFPYTORCH_RAY_HEARTBEAT",
+    MARK_VARIABLE,
+    PAGE_VARIABLE,
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",

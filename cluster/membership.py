@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,8 +127,8 @@ class Membership:
         self._notices.draining = draining_nodes()
         self._reservation.refresh(self._notices.draining.keys(), self._notices.silent())
         slots = self._reservation.slots()
-        self._leave_lost_slots(slots)
         addresses = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
+        self._leave_lost_slots(slots, addresses.keys())
         for index, slot in slots.items():
             # A node may have died since it was placed.
             if index not in self._members and slot.node_id in addresses:
@@ -258,9 +259,8 @@ class Membership:
             elif member.number in silent:
                 self.lose(member, f"it has not answered for {self._setup.silence_timeout_s:g} s", silent=True)
 
-    def _leave_lost_slots(self, slots: Mapping[int, Slot]) -> None:
+    def _leave_lost_slots(self, slots: Mapping[int, Slot], alive: AbstractSet[str]) -> None:
         """Give up agents whose node is gone, also before Ray reports them: it can take seconds."""
-        alive = alive_nodes()
         for index, member in [*self._members.items()]:
             slot = slots.get(index)
             if slot is not None and (slot.group, slot.node_id) == (member.slot.group, member.slot.node_id):

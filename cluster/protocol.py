@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.results import RankRecord, Stage
 
-MARK_VARIABLE = "KFPYTORCH_RAY_AGENT"
-"""In the environment of every process under an agent: the agent's process id, then its folders."""
-
 
 @dataclass(frozen=True, slots=True)
 class AgentSetup:

@@ -25,7 +25,6 @@ from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
 from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
 from kfpytorch_ray.cluster.guardian import kill_all, strays
 from kfpytorch_ray.cluster.protocol import (
-    MARK_VARIABLE,
     Failed,
     Failing,
     Finished,
@@ -39,7 +38,7 @@ from kfpytorch_ray.cluster.protocol import (
     WorkerSpec,
 )
 from kfpytorch_ray.cluster.records import Traces, record_of
-from kfpytorch_ray.heartbeat import PAGE_NAME, PAGE_VARIABLE, Beat, HeartbeatPage
+from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, PAGE_VARIABLE, Beat, HeartbeatPage
 
 _STRAYS_WAIT_S = 5.0
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MARK_VARIABLE = "KFPYTORCH_RAY_AGENT"
+"""In the environment of every process under an agent: the agent's process id, then its folders."""
+
 PAGE_NAME = "heartbeat"
 """The file's name, in the agent's first folder."""
 

@@ -8,11 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
 from kfpytorch_ray.testing.processes import all_processes, command, environment, is_running, parent
-
-MARK_VARIABLE = "KFPYTORCH_RAY_AGENT"
-"""In the environment of every process under an agent: the agent's process id, then its folders."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,8 +37,13 @@ from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
 from kfpytorch_ray.payload import dump_payload
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.results import Outcome, RankRecord
+from kfpytorch_ray.testing import wait_until
+from kfpytorch_ray.testing.processes import all_processes
+from kfpytorch_ray.testing.processes import is_running as runs
 
 ADDRESS = "127.0.0.1"
+
+until = partial(wait_until, what="what the test asks for", timeout_s=60)
 
 HOST = """
 import os, sys, threading
@@ -132,29 +138,11 @@ class Agent:
         return {path for path in paths if path.exists()}
 
 
-def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
-    """Wait for a condition; give up after ``timeout_s``."""
-    deadline = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail("the condition did not come true")
-        pause.wait(0.01)
-
-
-def all_processes() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
-
-
 def stat(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ["X", "0"]
-
-
-def runs(pid: int) -> bool:
-    return stat(pid)[0] not in "ZX"
 
 
 def ancestry(pid: int) -> set[int]:

@@ -7,17 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kfpytorch_ray.cluster.guardian import RAYLET_VARIABLE, kill_all, marked_processes, strays
 from kfpytorch_ray.cluster.processes import kill_group
-from kfpytorch_ray.cluster.protocol import MARK_VARIABLE
-from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.testing import wait_until
+from kfpytorch_ray.testing.processes import is_running as runs
+
+until = partial(wait_until, what="what the test asks for", timeout_s=30)
 
 AGENT = f"""
 import os, signal, subprocess, sys
@@ -34,16 +37,6 @@ print(value, below.pid, apart.pid, flush=True)
 signal.pause()
 """
 """Stands for an agent, with a process in its own session and one in another."""
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Wait for a condition; give up after ``timeout_s``."""
-    deadline = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail("the condition did not come true")
-        pause.wait(0.01)
 
 
 @contextlib.contextmanager
@@ -68,14 +61,6 @@ SLEEPER = ("sh", "-c", "echo ready; exec sleep 600")
 def first_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def mark_of(*parts: object) -> str:

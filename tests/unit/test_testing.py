@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kfpytorch_ray.cluster.protocol import MARK_VARIABLE
-from kfpytorch_ray.heartbeat import PAGE_NAME, PAGE_VARIABLE, HeartbeatPage
+from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, PAGE_VARIABLE, HeartbeatPage
 from kfpytorch_ray.testing import (
     FaultError,
     Leftovers,
