@@ -68,6 +68,7 @@ class Round:
         self._pending: dict[Any, int] = {}
         self._failing: set[Any] = set()
         self._asked: set[Any] | None = None
+        self._returned_unasked: frozenset[int] = frozenset()
         self._listening = False
         self._reports: dict[int, NodeReport] = {}
         self._ending = Ending.SUCCEEDED
@@ -232,6 +233,7 @@ class Round:
     def _ask_to_stop(self, ending: Ending, grace_s: float) -> None:
         logger.info("%s: round %s ends because %s.", self._setup.name, self._index, ending.value)
         self._end(ending, time.monotonic() + grace_s)
+        self._returned_unasked = frozenset(self._reports)
         self._asked = {member.handle.request_stop.remote(self._index) for member in self._crew}
 
     def _stop(self) -> None:
@@ -272,7 +274,7 @@ class Round:
         return None
 
     def _record(self) -> RoundRecord:
-        ranks = tuple(rank for _, report in sorted(self._reports.items()) for rank in report.ranks)
+        ranks = self._ranks()
         if all(rank.outcome is Outcome.SUCCEEDED for rank in ranks):
             # Whatever was about to end it, it was over before.
             self._ending = Ending.SUCCEEDED
@@ -290,6 +292,18 @@ class Round:
         if record.ending is Ending.FAILED and lost and root_cause(record).outcome is Outcome.LOST:
             record = replace(record, ending=Ending.NODE_LOST)
         return record
+
+    def _ranks(self) -> tuple[RankRecord, ...]:
+        ranks = tuple(rank for _, report in sorted(self._reports.items()) for rank in report.ranks)
+        if self._asked is None or all(rank.outcome is not Outcome.STOPPED for rank in ranks):
+            return ranks
+        # Ranks agree on leaving: one that never asked, or asked a moment too early, has left with those that were told.
+        return tuple(
+            replace(rank, outcome=Outcome.STOPPED, message="left with the ranks that were asked to stop")
+            if rank.outcome is Outcome.SUCCEEDED and rank.node_rank not in self._returned_unasked
+            else rank
+            for rank in ranks
+        )
 
     def _lost(self, node_rank: int) -> NodeReport:
         reason = self._crew[node_rank].lost_because

@@ -151,8 +151,9 @@ def test_no_replacement_comes(whole: LaptopCluster, log: Log) -> None:
 
 
 @pytest.mark.row("Ray says a node will be drained")
-def test_node_is_drained(whole: LaptopCluster, log: Log, run: int) -> None:
-    """Ranks are told and leave after a step; a round without that node follows; no budget is spent."""
+@pytest.mark.parametrize("asking", [None, frozenset({0})], ids=["all-ask", "rank-0-asks"])
+def test_node_is_drained(whole: LaptopCluster, log: Log, run: int, asking: frozenset[int] | None) -> None:
+    """Ranks are told and leave together after a step; a round without that node follows; no budget is spent."""
     victim = run % 3
 
     def break_it() -> None:
@@ -162,7 +163,7 @@ def test_node_is_drained(whole: LaptopCluster, log: Log, run: int) -> None:
         log.finish()
 
     with meanwhile(break_it):
-        result = launch(train, log, elastic=job("2:3", max_restarts=0, max_node_failures=0))
+        result = launch(train, log, asking=asking, elastic=job("2:3", max_restarts=0, max_node_failures=0))
     drained, succeeded = result.rounds
     assert drained.ending is Ending.DRAINED
     assert [rank.outcome for rank in drained.ranks] == [Outcome.STOPPED] * 3

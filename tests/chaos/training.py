@@ -106,13 +106,19 @@ class Log:
         )
 
 
-def train(log: Log, steps: int | None = None, misbehave: Callable[[int, int, int], None] | None = None) -> int:
+def train(
+    log: Log,
+    steps: int | None = None,
+    misbehave: Callable[[int, int, int], None] | None = None,
+    asking: frozenset[int] | None = None,
+) -> int:
     """Count steps together until told to finish or asked to stop; rank 0 writes each to a checkpoint.
 
     Args:
         log: Where to note them.
         steps: How many; None: until ``log.finish()``.
         misbehave: Called before every step with rank, step and restarts so far.
+        asking: The ranks that ask whether they should stop; None: all. They agree on it anyway.
 
     Returns:
         The last step.
@@ -129,7 +135,7 @@ def train(log: Log, steps: int | None = None, misbehave: Callable[[int, int, int
     dist.broadcast(this_round, 0)
     note = partial(log.note, rank=rank, world=world, pid=os.getpid(), restarts=restarts, round=int(this_round))
     while True:
-        asked = kfpytorch_ray.stop_requested()
+        asked = (asking is None or rank in asking) and kfpytorch_ray.stop_requested()
         over = log.finished or step == steps
         votes = torch.tensor([int(asked), int(over), 1])
         dist.all_reduce(votes)
