@@ -30,7 +30,7 @@ from kfpytorch_ray.cluster.protocol import WorkerFailure, WorkerSpec
 from kfpytorch_ray.cluster.spool import spool
 from kfpytorch_ray.cluster.stacks import answer_with_stacks
 from kfpytorch_ray.errors import ResultError
-from kfpytorch_ray.flyte_outputs import upload_files
+from kfpytorch_ray.flyte_files import upload_files
 from kfpytorch_ray.payload import blame_result, load_payload
 from kfpytorch_ray.results import ElasticWorkerResult, Stage
 

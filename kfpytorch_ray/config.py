@@ -70,6 +70,13 @@ DEFAULT_WORKING_DIR_EXCLUDES = (
 """What is not sent to other nodes: version control, environments, caches, and Flyte's own code archives."""
 
 
+DEFAULT_MAX_WORKING_DIR_BYTES = 100 * 2**20
+"""A project's code is far smaller; Ray itself refuses more than 512 MiB."""
+
+DEFAULT_RETENTION_S = 7 * 24 * 3600.0
+"""A week: long enough to look for a run after a holiday, short enough for a bucket."""
+
+
 class RestartPolicy(Enum):
     """When a replica is restarted."""
 
@@ -153,7 +160,8 @@ class RayBackend:
     Args:
         address: Which Ray. None: the one that is initialised, else ``RAY_ADDRESS``, else one started here.
             ``"local"``: one that this process started or starts now; ``"auto"`` or ``"HOST:PORT"`` (of the GCS): a
-            cluster that this machine belongs to.
+            cluster that this machine belongs to; ``"http://HOST:8265"`` or ``"https://..."`` (of the job API, Ray's
+            dashboard): a cluster that is elsewhere, where the launch is submitted as a Ray job. That needs ``storage``.
         resources_per_node: Ray resources of one node, for example ``{"CPU": 16, "GPU": 8, "memory": 2**36}``
             (memory in bytes; any custom resource). None: the task's requests and limits, else one CPU per worker.
         env: Environment variables of the workers; they win over the task's ``environment`` and the driver's.
@@ -163,6 +171,9 @@ class RayBackend:
             cluster itself can send it; under a ``ray.init()`` of the user's, its ``runtime_env`` does. On a Ray that
             runs on this machine only, nothing is sent and the driver's ``sys.path`` is used.
         excludes: gitignore patterns that are left out of ``working_dir``.
+        max_working_dir_bytes: Largest ``working_dir`` that is sent to a remote cluster. Ray's own limit is 512 MiB.
+        runtime_env: Ray's runtime environment of the job: ``pip``, ``py_modules``, ``env_vars`` and the rest, in Ray's
+            words, but for ``working_dir`` and ``excludes``. Ray's dashboard shows it: secrets belong into ``env``.
         autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
             until the join timeout, instead of being refused at once.
         stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
@@ -176,6 +187,19 @@ class RayBackend:
         grow_cooldown_s: Shortest time that a round runs before it is ended because more nodes have arrived.
         hang_timeout_s: Seconds without ``kfpytorch_ray.progress()`` or a checkpoint by any rank after which the round
             fails, with the stacks of all ranks. None: no limit.
+        storage: Folder that this machine and the cluster both reach, as an fsspec URI (``"s3://bucket/prefix"``, or a
+            local path on a disk that they share). The call travels there and the results come back by it. None: the
+            variable ``KFPYTORCH_RAY_STORAGE``. Whoever can write there can run code here and there. For a remote
+            address only, as all that follow.
+        headers: HTTP headers of every request to the job API. Ray's own token needs none: ``RAY_AUTH_TOKEN``, or the
+            file that ``RAY_AUTH_TOKEN_PATH`` names, is sent where ``RAY_AUTH_MODE=token``.
+        verify: Whether the server's TLS certificate is verified, or the file or folder of certificates to trust.
+        on_interrupt: What Ctrl-C and SIGTERM do to a remote run that this process waits for: ``"stop"`` stops it,
+            ``"detach"`` leaves it running, ``"ask"`` asks where there is a terminal and stops it elsewhere.
+        lease_s: Seconds without a sign of life of this process after which a remote run stops itself. None: it runs
+            on without this process, until somebody attaches to it again.
+        retention_s: Seconds after which ``kfpytorch-ray gc`` may remove what a run has left in ``storage``.
+        reconnect_timeout_s: Seconds for which a lost connection to the cluster is tried again before it is an error.
     """
 
     name: ClassVar[str] = "ray"
@@ -194,6 +218,15 @@ class RayBackend:
     checkpoint_grace_s: float = 30.0
     grow_cooldown_s: float = 60.0
     hang_timeout_s: float | None = None
+    max_working_dir_bytes: int = DEFAULT_MAX_WORKING_DIR_BYTES
+    runtime_env: dict[str, Any] | None = None
+    storage: str | None = None
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    verify: bool | str = True
+    on_interrupt: str = "ask"
+    lease_s: float | None = None
+    retention_s: float = DEFAULT_RETENTION_S
+    reconnect_timeout_s: float = 600.0
 
 
 @dataclass

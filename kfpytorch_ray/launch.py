@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 from flytekit.core.base_task import Task
 
@@ -17,12 +17,27 @@ from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.planning import Call, current_context, execution_name, plan_elastic
 from kfpytorch_ray.preflight import admit
 from kfpytorch_ray.results import ElasticResult
+from kfpytorch_ray.run import DetachedAdapter, Run
 
 LOCAL_EXECUTION = "local"
 """What flytekit calls the execution of a process that Flyte did not start."""
 
 
-def launch(fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None, **kwargs: Any) -> ElasticResult:
+@overload
+def launch(
+    fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = ..., wait: Literal[True] = ..., **kwargs: Any
+) -> ElasticResult: ...
+
+
+@overload
+def launch(
+    fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = ..., wait: Literal[False], **kwargs: Any
+) -> Run: ...
+
+
+def launch(
+    fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None, wait: bool = True, **kwargs: Any
+) -> ElasticResult | Run:
     """Call ``fn(*args, **kwargs)`` in every worker of a torch elastic job and wait for its end.
 
     Workers have ``flytekit.current_context().checkpoint`` as those of a task do, so that a round after a failure goes
@@ -33,15 +48,20 @@ def launch(fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None
         fn: A plain function; for a Flyte task give its ``task_function``.
         *args: Its positional arguments.
         elastic: Nodes, workers, restarts and backend. None: ``Elastic()``, one worker.
-        **kwargs: Its keyword arguments. One that is called ``elastic`` must be given by position.
+        wait: False returns as soon as the run is submitted, for a backend whose runs go on without this process
+            (``RayBackend(address="http://...", storage=...)``).
+        **kwargs: Its keyword arguments. One that is called ``elastic`` or ``wait`` must be given by position.
 
     Returns:
-        The results by rank: ``result[0].return_value``, ``result.decks``, ``result.rounds``.
+        The results by rank: ``result[0].return_value``, ``result.decks``, ``result.rounds``. With ``wait=False`` the
+        run: ``run.status()``, ``run.logs(follow=True)``, ``run.cancel()``, ``run.result()``.
 
     Raises:
         ConfigError: The config cannot work; lists every problem.
         BackendUnavailableError: The backend is unknown or its package is missing.
         PayloadError: The function or an input cannot be pickled.
+        ClusterError: A remote cluster cannot be used.
+        StorageError: The storage between here and a remote cluster cannot be used.
         PlacementError: The nodes could not be had.
         LaunchError: The workers started and failed.
     """
@@ -54,7 +74,11 @@ def launch(fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None
     execution = execution_name(context)
     run_id = f"launch-{uuid.uuid4().hex[:8]}" if execution in (None, "", LOCAL_EXECUTION) else execution
     call = Call(name, str(run_id), fn, args, kwargs, context, keeps_checkpoints=True)
-    return job.adapter.run(plan_elastic(config, call))
+    if wait:
+        return job.adapter.run(plan_elastic(config, call))
+    if not isinstance(job.adapter, DetachedAdapter):
+        raise ConfigError("launch", (f"wait=False: runs of the backend {job.choice.name!r} end with this process",))
+    return job.adapter.start(plan_elastic(config, call))
 
 
 def _function_problems(fn: Any) -> tuple[str, ...]:

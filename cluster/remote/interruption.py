@@ -1,0 +1,59 @@
+"""Ctrl-C and SIGTERM while a remote run is followed: it is elsewhere, so somebody has to say what becomes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+from kfpytorch_ray.notices import tell
+
+_TERMINATED = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Have SIGINT raise KeyboardInterrupt and SIGTERM SystemExit(143), whatever handlers others have set.
+
+    flytekit ends the process at SIGINT, and without a handler SIGTERM does: nobody would stop the run. Only the main
+    thread can have handlers; elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: one that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def wants_to_stop(on_interrupt: str, run_id: str) -> bool:
+    """Whether an interruption is to stop the run.
+
+    Args:
+        on_interrupt: ``"stop"``, ``"detach"``, or ``"ask"`` where there is somebody to ask.
+        run_id: Of the run, for the question.
+    """
+    if on_interrupt != "ask" or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        return on_interrupt != "detach"
+    tell(f"the run {run_id} is on the cluster. [s]top it, or [d]etach and leave it running? (s)")
+    with interruptible():
+        try:
+            answer = sys.stdin.readline()
+        except (KeyboardInterrupt, SystemExit):
+            # Asked twice.
+            return True
+    return not answer.strip().lower().startswith("d")
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(_TERMINATED)
