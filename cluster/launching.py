@@ -14,31 +14,13 @@ from typing import Any
 
 from kfpytorch_ray.cluster.connect import connected
 from kfpytorch_ray.cluster.controller import Controller
-from kfpytorch_ray.cluster.demand import Demand
 from kfpytorch_ray.cluster.environment import one_thread_each
-from kfpytorch_ray.cluster.limits import Limits
 from kfpytorch_ray.cluster.membership import agents_on
 from kfpytorch_ray.cluster.placement import driver_address, reserved
 from kfpytorch_ray.cluster.protocol import AgentSetup
+from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.results import RoundRecord
-
-
-@dataclass(frozen=True, slots=True)
-class RayRequest:
-    """What a launch asks of Ray.
-
-    Attributes:
-        setup: What every agent is given.
-        demand: The nodes.
-        limits: What bounds it.
-        payload: The pickled call.
-    """
-
-    setup: AgentSetup
-    demand: Demand
-    limits: Limits
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,9 @@ DEFAULT_WORKING_DIR_EXCLUDES = (
 DEFAULT_MAX_WORKING_DIR_BYTES = 100 * 2**20
 """A project's code is far smaller; Ray itself refuses more than 512 MiB."""
 
+ON_INTERRUPT = ("ask", "stop", "detach")
+"""What an interruption may do to a remote run; the default first."""
+
 DEFAULT_RETENTION_S = 7 * 24 * 3600.0
 """A week: long enough to look for a run after a holiday, short enough for a bucket."""
 

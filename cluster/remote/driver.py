@@ -13,9 +13,10 @@ import pickle
 import sys
 from pathlib import Path
 
-from kfpytorch_ray.cluster.launching import RayRequest, run_request
+from kfpytorch_ray.cluster.launching import run_request
 from kfpytorch_ray.cluster.remote.lease import LeaseWatch
 from kfpytorch_ray.cluster.remote.outcome import write_failure, write_success
+from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import IntegrityError, KfpytorchRayError, RunStoppedError, StorageError, explain
 from kfpytorch_ray.runs import DRIVER_LOG, MANIFEST, REQUEST, Manifest

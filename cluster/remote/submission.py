@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kfpytorch_ray.cluster.launching import RayRequest
 from kfpytorch_ray.cluster.remote import driver
 from kfpytorch_ray.cluster.remote.client import JobClient, client_of
 from kfpytorch_ray.cluster.remote.handle import RemoteRun
 from kfpytorch_ray.cluster.remote.probe import probe
 from kfpytorch_ray.cluster.remote.versions import here, refuse_mismatch
 from kfpytorch_ray.cluster.remote.working_dir import check, survey
+from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.cluster.runtime_env import runtime_env_of
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import KfpytorchRayError, VersionMismatchError
