@@ -2,8 +2,11 @@
 
     KfpytorchRayError
     ├── ConfigError (ValueError)            wrong arguments; every problem is listed at once
+    │   └── WorkingDirError                 the working directory cannot be sent to the cluster
     ├── BackendUnavailableError             the backend's name is unknown or its package is missing
     ├── PayloadError                        the function or an input cannot be pickled
+    ├── ClusterError                        a remote cluster cannot be used
+    │   └── VersionMismatchError            its versions and those of this machine do not fit
     ├── PlacementError                      the nodes could not be had
     │   ├── InfeasibleError                 no node of the cluster can ever hold one
     │   └── PlacementTimeoutError           not within the join timeout              (retryable)
@@ -51,7 +54,7 @@ class ConfigError(KfpytorchRayError, ValueError):
 
     Args:
         subject: What was being configured, for example ``"Elastic"``.
-        problems: One sentence for each wrong field.
+        problems: One sentence for each wrong field; further lines of it are shown below it.
     """
 
     def __init__(self, subject: str, problems: tuple[str, ...]) -> None:
@@ -60,9 +63,16 @@ class ConfigError(KfpytorchRayError, ValueError):
         self.problems = problems
 
     def __str__(self) -> str:
-        listed = "\n".join(f"  - {problem}" for problem in self.problems)
+        listed = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in self.problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         return f"{self.subject}: {count}\n{listed}"
+
+
+class WorkingDirError(ConfigError):
+    """The working directory cannot be sent to the cluster as it is; ``subject`` names it.
+
+    Each of ``problems`` says what, why and how to fix it.
+    """
 
 
 class BackendUnavailableError(KfpytorchRayError, ImportError):
@@ -71,6 +81,14 @@ class BackendUnavailableError(KfpytorchRayError, ImportError):
 
 class PayloadError(KfpytorchRayError, TypeError):
     """The function or one of its inputs cannot be pickled for the workers."""
+
+
+class ClusterError(KfpytorchRayError, RuntimeError):
+    """A remote cluster cannot be used."""
+
+
+class VersionMismatchError(ClusterError):
+    """What is installed here and on the cluster differs so much that the two would not understand each other."""
 
 
 class PlacementError(KfpytorchRayError, RuntimeError):
