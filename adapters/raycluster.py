@@ -138,7 +138,9 @@ class RayAdapter:
         demand = request.demand
         with (
             connected(self._options, demand.total(plan.max_nodes)) as private,
-            reserved(demand, private=private, autoscaling=self._options.autoscaling) as reservation,
+            reserved(
+                demand, name=plan.name, run_id=plan.run_id, private=private, autoscaling=self._options.autoscaling
+            ) as reservation,
             agents_on(reservation, setup := _joined(request, private), request.payload, plan.min_nodes) as membership,
         ):
             controller = Controller(membership, setup, request.limits)
