@@ -172,6 +172,8 @@ class RemoteRun:
         return self._take(outcome, keep)
 
     def _take(self, outcome: Outcome, keep: bool) -> ElasticResult:
+        if outcome.state == RunStatus.STOPPED.value:
+            raise RunStoppedError(outcome.message)
         record = read_record(self._folder, outcome)
         if record.error is not None:
             if not keep:
