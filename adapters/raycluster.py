@@ -8,6 +8,7 @@ joins is kfpytorch_ray.cluster.connect's question.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -27,8 +28,10 @@ from kfpytorch_ray.run import Run
 from kfpytorch_ray.runs import Manifest, new_run_id, run_folder, storage_of, whoami
 
 if TYPE_CHECKING:
-    from kfpytorch_ray.cluster.launching import RayRequest
     from kfpytorch_ray.cluster.remote.handle import RemoteRun
+    from kfpytorch_ray.cluster.request import RayRequest
+
+logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'ray[default]'"
 
@@ -63,9 +66,9 @@ class RayAdapter:
         """
         from kfpytorch_ray.cluster.demand import Demand
         from kfpytorch_ray.cluster.environment import launch_environment
-        from kfpytorch_ray.cluster.launching import RayRequest
         from kfpytorch_ray.cluster.limits import Budgets, Limits
         from kfpytorch_ray.cluster.protocol import AgentSetup
+        from kfpytorch_ray.cluster.request import RayRequest
 
         options = self._options
         resources = plan.resources.amounts
@@ -120,6 +123,8 @@ class RayAdapter:
         require_package("ray", "ray", INSTALL)
         if (address := self._remote_address()) is not None:
             return self._submit(plan, address).follow()
+        for warning in ray_findings.without_effect(self._options):
+            logger.warning("%s", warning)
         from kfpytorch_ray.cluster.fetching import Fetcher
         from kfpytorch_ray.cluster.launching import run_request
 

@@ -14,31 +14,14 @@ from typing import Any
 
 from kfpytorch_ray.cluster.connect import connected
 from kfpytorch_ray.cluster.controller import Controller
-from kfpytorch_ray.cluster.demand import Demand
 from kfpytorch_ray.cluster.environment import one_thread_each
-from kfpytorch_ray.cluster.limits import Limits
+from kfpytorch_ray.cluster.interruption import interruptible
 from kfpytorch_ray.cluster.membership import agents_on
 from kfpytorch_ray.cluster.placement import driver_address, reserved
 from kfpytorch_ray.cluster.protocol import AgentSetup
+from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.results import RoundRecord
-
-
-@dataclass(frozen=True, slots=True)
-class RayRequest:
-    """What a launch asks of Ray.
-
-    Attributes:
-        setup: What every agent is given.
-        demand: The nodes.
-        limits: What bounds it.
-        payload: The pickled call.
-    """
-
-    setup: AgentSetup
-    demand: Demand
-    limits: Limits
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +51,13 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
         PlacementError: The nodes cannot be had.
         LaunchError: A rank or a node failed.
     """
-    demand = request.demand
+    demand, launch = request.demand, request.setup
     with (
         connected(options, demand.total(demand.max_nodes)) as private,
-        reserved(demand, private=private, autoscaling=options.autoscaling) as reservation,
+        interruptible(),
+        reserved(
+            demand, name=launch.name, run_id=launch.run_id, private=private, autoscaling=options.autoscaling
+        ) as reservation,
         agents_on(
             reservation, setup := _joined(request, private, home), request.payload, demand.min_nodes
         ) as membership,

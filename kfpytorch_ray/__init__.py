@@ -48,6 +48,7 @@ from kfpytorch_ray.errors import (
     VersionMismatchError,
     WorkerFailedError,
     WorkerHungError,
+    WorkingDirError,
 )
 from kfpytorch_ray.flyte_worker import spawn_helper
 from kfpytorch_ray.heartbeat import progress, stop_requested
@@ -101,6 +102,7 @@ __all__ = [
     "Worker",
     "WorkerFailedError",
     "WorkerHungError",
+    "WorkingDirError",
     "attach",
     "launch",
     "progress",

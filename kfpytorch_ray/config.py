@@ -71,7 +71,10 @@ DEFAULT_WORKING_DIR_EXCLUDES = (
 
 
 DEFAULT_MAX_WORKING_DIR_BYTES = 100 * 2**20
-"""A project's code is far smaller; Ray itself refuses more than 512 MiB."""
+"""A project's code is far smaller; the job API takes no more."""
+
+ON_INTERRUPT = ("ask", "stop", "detach")
+"""What an interruption may do to a remote run; the default first."""
 
 DEFAULT_RETENTION_S = 7 * 24 * 3600.0
 """A week: long enough to look for a run after a holiday, short enough for a bucket."""
@@ -171,7 +174,8 @@ class RayBackend:
             cluster itself can send it; under a ``ray.init()`` of the user's, its ``runtime_env`` does. On a Ray that
             runs on this machine only, nothing is sent and the driver's ``sys.path`` is used.
         excludes: gitignore patterns that are left out of ``working_dir``.
-        max_working_dir_bytes: Largest ``working_dir`` that is sent to a remote cluster. Ray's own limit is 512 MiB.
+        max_working_dir_bytes: Largest ``working_dir`` that is sent to a remote cluster. More than 100 MiB Ray's job API
+            does not take.
         runtime_env: Ray's runtime environment of the job: ``pip``, ``py_modules``, ``env_vars`` and the rest, in Ray's
             words, but for ``working_dir`` and ``excludes``. Ray's dashboard shows it: secrets belong into ``env``.
         autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,

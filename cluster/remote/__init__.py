@@ -1,1 +1,1 @@
-"""Training on a Ray cluster that is elsewhere: sent by its job API, looked at from here, taken home by a storage."""
+"""A run on a Ray cluster that this machine is no part of, reached by the job API and by shared storage."""

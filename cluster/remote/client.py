@@ -7,6 +7,7 @@ tries again. Tokens come from where Ray takes them (RAY_AUTH_MODE=token) or from
 
 from __future__ import annotations
 
+import http.client
 import logging
 import math
 import ssl
@@ -159,25 +160,27 @@ def client_of(options: RayBackend, address: str) -> JobClient:
 
 def _reason(error: requests.exceptions.RequestException) -> str:
     """What a connection failed of, without the library's names around it."""
-    text = str(error)
     match error:
-        case requests.exceptions.SSLError() if "wrong version number" in text.lower():
+        case requests.exceptions.SSLError() if "wrong version number" in str(error).lower():
             return "It does not speak TLS: https:// was asked where http:// is served."
         case requests.exceptions.SSLError():
             return f"Its certificate was not accepted: {_innermost(error)}"
         case requests.exceptions.ConnectTimeout() | requests.exceptions.ReadTimeout():
             return "It did not answer in time."
         case _:
-            return _innermost(error)
+            cause = _innermost(error)
+            if isinstance(cause, http.client.BadStatusLine) and not isinstance(cause, ConnectionError):
+                return "It does not speak HTTP: this is another port of Ray's, such as that of its GCS (6379)."
+            if isinstance(cause, ConnectionResetError):
+                return "It closed the connection at once: where https:// is served, http:// is answered like this."
+            return str(cause) or type(cause).__name__
 
 
-def _innermost(error: BaseException) -> str:
-    while error.args and isinstance(error.args[-1], BaseException):
-        error = error.args[-1]
+def _innermost(error: BaseException) -> BaseException:
+    """What was wrapped in the errors of two libraries."""
     reason = getattr(error, "reason", None)
-    if isinstance(reason, BaseException):
-        return _innermost(reason)
-    return str(error) or type(error).__name__
+    inner = reason if isinstance(reason, BaseException) else error.args[-1] if error.args else None
+    return _innermost(inner) if isinstance(inner, BaseException) else error
 
 
 def _unreachable(address: str, why: str) -> ClusterUnreachableError:

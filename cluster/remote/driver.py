@@ -13,9 +13,11 @@ import pickle
 import sys
 from pathlib import Path
 
-from kfpytorch_ray.cluster.launching import RayRequest, run_request
+from kfpytorch_ray.cluster.interruption import TERMINATED, interruptible
+from kfpytorch_ray.cluster.launching import run_request
 from kfpytorch_ray.cluster.remote.lease import LeaseWatch
 from kfpytorch_ray.cluster.remote.outcome import write_failure, write_success
+from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import IntegrityError, KfpytorchRayError, RunStoppedError, StorageError, explain
 from kfpytorch_ray.runs import DRIVER_LOG, MANIFEST, REQUEST, Manifest
@@ -24,7 +26,6 @@ from kfpytorch_ray.storage import Storage, digest_of
 logger = logging.getLogger(__name__)
 
 _EXIT_FAILED = 1
-_EXIT_STOPPED = 143
 
 
 def main(uri: str) -> int:
@@ -41,7 +42,7 @@ def main(uri: str) -> int:
         folder = Storage(location)
         manifest, request, options = _read(folder, sha256)
         lease = LeaseWatch(folder, manifest.lease_s)
-        with lease:
+        with interruptible(), lease:
             return _run(folder, request, options, lease)
     except KfpytorchRayError as error:
         sys.stdout.flush()
@@ -86,7 +87,7 @@ def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: Lease
         write_failure(folder, stopped)
         sys.stderr.write(f"{stopped}\n")
         _keep_log(folder)
-        return _EXIT_STOPPED
+        return TERMINATED
     _keep_log(folder)
     return 0
 

@@ -16,8 +16,8 @@ import weakref
 from collections.abc import Iterator
 from functools import cached_property
 
+from kfpytorch_ray.cluster.interruption import interruptible, wants_to_stop
 from kfpytorch_ray.cluster.remote.client import JobClient, client_of
-from kfpytorch_ray.cluster.remote.interruption import interruptible, wants_to_stop
 from kfpytorch_ray.cluster.remote.lease import LeaseKeeper
 from kfpytorch_ray.cluster.remote.outcome import Downloads, read_record
 from kfpytorch_ray.cluster.remote.tail import LogTail
@@ -172,6 +172,8 @@ class RemoteRun:
         return self._take(outcome, keep)
 
     def _take(self, outcome: Outcome, keep: bool) -> ElasticResult:
+        if outcome.state == RunStatus.STOPPED.value:
+            raise RunStoppedError(outcome.message)
         record = read_record(self._folder, outcome)
         if record.error is not None:
             if not keep:

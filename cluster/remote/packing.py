@@ -10,23 +10,20 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from ray._private import ray_constants
 from ray._private.runtime_env import packaging
+from ray._private.thirdparty.pathspec.pathspec import PathSpec
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EBADF)
 """What pathlib, by which Ray looks, takes for "is not there"; everything else it raises."""
 
 _PATTERN_ERRORS = (ValueError, IndexError, re.error)
 """What Ray's pattern code raises: no message of its own says that it is about a pattern."""
-
-_Match = Callable[[Path], bool]
-_Patterns = tuple[tuple[str, _Match], ...]
-"""Where patterns come from, and whether they match a path."""
 
 
 class Fate(Enum):
@@ -61,6 +58,29 @@ class Entry:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Patterns:
+    """Patterns of one source, compiled by Ray.
+
+    Attributes:
+        source: ``"excludes"`` or the name of an ignore file.
+        folder: What they are relative to, as the name of an ``Entry``.
+        spec: Ray's ``PathSpec``.
+    """
+
+    source: str
+    folder: str
+    spec: PathSpec
+
+    def match(self, name: str) -> bool:
+        relative = name if self.folder == "." else name[len(self.folder) + 1 :]
+        return bool(self.spec.match_file(relative or "."))
+
+
+_All = tuple[_Patterns, ...]
+_Identity = tuple[int, int]
+
+
 def entries_of(folder: Path, excludes: Sequence[str]) -> Iterator[Entry]:
     """Every entry, in the order of names; a folder that is left out, or cannot be read, is one entry.
 
@@ -71,9 +91,9 @@ def entries_of(folder: Path, excludes: Sequence[str]) -> Iterator[Entry]:
     """
     # Older Ray has no patterns of its own.
     own: list[str] = getattr(ray_constants, "get_runtime_env_default_excludes", list)()
-    match, problems = _compiled(folder, "excludes", [*own, *excludes])
+    patterns, problems = _compiled("excludes", ".", [*own, *excludes])
     yield from problems
-    yield from _folder(folder, ".", os.stat(folder), match, frozenset())
+    yield from _folder(str(folder), ".", os.stat(folder), patterns, frozenset())
 
 
 def ignore_file_names() -> tuple[str, ...]:
@@ -88,30 +108,30 @@ def ignore_file_names() -> tuple[str, ...]:
 
 
 def _folder(
-    path: Path, name: str, status: os.stat_result, patterns: _Patterns, above: frozenset[tuple[int, int]]
+    path: str, name: str, status: os.stat_result, patterns: _All, above: frozenset[_Identity]
 ) -> Iterator[Entry]:
     # As Ray has it: the ignore files of a folder count for the folder itself, and are read even where it is left out.
     try:
-        found = [file for file in ignore_file_names() if (path / file).is_file()]
+        found = [file for file in ignore_file_names() if Path(path, file).is_file()]
     except OSError as error:
         yield Entry(name, Fate.UNREADABLE, detail=_said(error))
         return
     for file in found:
-        own, problems = _ignore_file(path, _below(name, file))
+        own, problems = _ignore_file(os.path.join(path, file), name, file)
         patterns += own
         yield from problems
     identity = (status.st_dev, status.st_ino)
-    if by := _matching(path, patterns):
+    if by := _matching(name, patterns):
         yield Entry(name, Fate.LEFT_OUT, detail=by)
     elif identity in above:
         yield Entry(name, Fate.CIRCLE, detail=_target(path))
-    elif not _is_utf8(path.name) and name != ".":
+    elif not _is_utf8(name):
         yield Entry(name, Fate.BAD_NAME)
     else:
         yield from _inside(path, name, patterns, above | {identity})
 
 
-def _inside(path: Path, name: str, patterns: _Patterns, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
+def _inside(path: str, name: str, patterns: _All, above: frozenset[_Identity]) -> Iterator[Entry]:
     try:
         with os.scandir(path) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
@@ -121,84 +141,81 @@ def _inside(path: Path, name: str, patterns: _Patterns, above: frozenset[tuple[i
     if not entries:
         yield Entry(f"{name}/", Fate.SENT, 0)
     for entry in entries:
-        below = path / entry.name
+        below = entry.name if name == "." else f"{name}/{entry.name}"
         try:
             status = entry.stat()
         except OSError as error:
-            yield from _absent(below, _below(name, entry.name), error, patterns)
+            yield from _absent(entry, below, error, patterns)
             continue
         if stat.S_ISDIR(status.st_mode):
-            yield from _folder(below, _below(name, entry.name), status, patterns, above)
+            yield from _folder(entry.path, below, status, patterns, above)
         else:
-            yield _file(below, _below(name, entry.name), status, patterns)
+            yield _file(entry.path, below, status, patterns)
 
 
-def _absent(path: Path, name: str, error: OSError, patterns: _Patterns) -> Iterator[Entry]:
+def _absent(entry: os.DirEntry[str], name: str, error: OSError, patterns: _All) -> Iterator[Entry]:
     """An entry that is there and cannot be looked at: most often a link."""
     if error.errno not in _ABSENT:
         # Ray meets this error before it looks at patterns.
         yield Entry(name, Fate.UNREADABLE, detail=_said(error))
-    elif by := _matching(path, patterns):
+    elif by := _matching(name, patterns):
         yield Entry(name, Fate.LEFT_OUT, detail=by)
-    elif path.is_symlink():
-        yield Entry(name, Fate.CIRCLE if error.errno == errno.ELOOP else Fate.BROKEN_LINK, detail=_target(path))
+    elif entry.is_symlink():
+        yield Entry(name, Fate.CIRCLE if error.errno == errno.ELOOP else Fate.BROKEN_LINK, detail=_target(entry.path))
     # Else it was removed while we looked.
 
 
-def _file(path: Path, name: str, status: os.stat_result, patterns: _Patterns) -> Entry:
+def _file(path: str, name: str, status: os.stat_result, patterns: _All) -> Entry:
     size_bytes = status.st_size if stat.S_ISREG(status.st_mode) else None
-    if by := _matching(path, patterns):
+    if by := _matching(name, patterns):
         return Entry(name, Fate.LEFT_OUT, size_bytes, by)
     if size_bytes is None:
         return Entry(name, Fate.SPECIAL, detail=_kind(status.st_mode))
-    if not _is_utf8(path.name):
+    if not _is_utf8(name):
         return Entry(name, Fate.BAD_NAME)
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         return Entry(name, Fate.UNREADABLE, detail=os.strerror(errno.EACCES))
     return Entry(name, Fate.SENT, size_bytes)
 
 
-def _ignore_file(folder: Path, name: str) -> tuple[_Patterns, tuple[Entry, ...]]:
-    path = folder / name.rpartition("/")[2]
+def _ignore_file(path: str, folder: str, source: str) -> tuple[_All, tuple[Entry, ...]]:
+    name = source if folder == "." else f"{folder}/{source}"
     try:
         # Ray reads it in the encoding of the locale too.
-        with path.open() as file:
+        with open(path) as file:
             lines = file.readlines()
     except UnicodeDecodeError as error:
         return (), (Entry(name, Fate.BAD_PATTERN, detail=str(error)),)
     except OSError as error:
         return (), (Entry(name, Fate.UNREADABLE, detail=_said(error)),)
-    return _compiled(folder, name, lines)
+    patterns, problems = _compiled(source, folder, lines)
+    return patterns, tuple(Entry(name, problem.fate, detail=problem.detail) for problem in problems)
 
 
-def _compiled(folder: Path, name: str, lines: Sequence[str]) -> tuple[_Patterns, tuple[Entry, ...]]:
+def _compiled(source: str, folder: str, lines: Sequence[str]) -> tuple[_All, tuple[Entry, ...]]:
     """Patterns by Ray's own code, which compiles all or nothing."""
     try:
-        match: _Match = packaging._get_excludes(folder, list(lines))
+        spec = PathSpec.from_lines("gitwildmatch", lines)
     except _PATTERN_ERRORS:
-        wrong = [line.strip() for line in lines if not _compiles(folder, line)]
-        return (), tuple(Entry(name, Fate.BAD_PATTERN, detail=repr(line)) for line in wrong or [""])
-    return ((name.rpartition("/")[2], match),), ()
+        wrong = [line.strip() for line in lines if not _compiles(line)]
+        return (), tuple(Entry(source, Fate.BAD_PATTERN, detail=repr(line)) for line in wrong)
+    return (_Patterns(source, folder, spec),), ()
 
 
-def _compiles(folder: Path, line: str) -> bool:
+def _compiles(line: str) -> bool:
     try:
-        packaging._get_excludes(folder, [line])
+        PathSpec.from_lines("gitwildmatch", [line])
     except _PATTERN_ERRORS:
         return False
     return True
 
 
-def _matching(path: Path, patterns: _Patterns) -> str:
-    """Where the pattern that leaves a path out comes from; empty if it is sent."""
-    return next((source for source, match in patterns if match(path)), "")
+def _matching(name: str, patterns: _All) -> str:
+    """Where the pattern that leaves an entry out comes from; empty if it is sent."""
+    return next((each.source for each in patterns if each.match(name)), "")
 
 
-def _below(folder: str, name: str) -> str:
-    return name if folder == "." else f"{folder}/{name}"
-
-
-def _target(path: Path) -> str:
+def _target(path: str) -> str:
     try:
         return os.readlink(path)
     except OSError:
@@ -206,7 +223,7 @@ def _target(path: Path) -> str:
 
 
 def _is_utf8(name: str) -> bool:
-    # Names that are not come from the system with surrogates, which Ray cannot encode when it hashes them.
+    # Python shows other bytes as surrogates, which Ray cannot encode when it hashes names.
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -60,25 +60,28 @@ def probe(client: JobClient, storage: Storage, runtime_env: dict[str, Any], *, f
         VersionMismatchError: kfpytorch_ray, or what it needs, is not installed there.
         StorageError: The storage cannot be written here, or cannot be read and written there.
     """
-    name = _name(client.version(), storage, runtime_env)
+    name = f"{_name(client.version(), storage, runtime_env)}.json"
     folder = storage.folder(PROBES)
-    if not fresh and (known := _answer_in(folder, name, None)) and time.time() - known.asked_at < _LASTS_S:
-        return known
-    nonce = uuid.uuid4().hex
-    question = f"{name}-{nonce[:8]}.ask"
-    folder.write(question, json.dumps({"nonce": nonce, "asked_at": time.time()}).encode())
+    known = None if fresh else folder.read(name)
+    if known is not None and time.time() - (answer := _parsed(known)).asked_at < _LASTS_S:
+        return answer
+    # Others may ask at the same time.
+    question = uuid.uuid4().hex
     try:
-        _run(client, folder, question, name, runtime_env)
-        answer = _answer_in(folder, name, nonce)
+        folder.write(f"{question}.question", json.dumps({"asked_at": time.time(), "nonce": uuid.uuid4().hex}).encode())
+        _run(client, folder, question, runtime_env)
+        said, asked = folder.read(f"{question}.answer"), folder.read(f"{question}.question")
     finally:
-        folder.remove(question)
-    if answer is None:
+        for file in (f"{question}.question", f"{question}.answer"):
+            folder.remove(file)
+    if said is None or asked is None or json.loads(said)["nonce"] != json.loads(asked)["nonce"]:
         raise _not_shared(storage, "The cluster has answered, but not here: it sees another folder under this name.")
-    return answer
+    folder.write(name, said)
+    return _parsed(said)
 
 
-def _run(client: JobClient, folder: Storage, question: str, name: str, runtime_env: dict[str, Any]) -> None:
-    arguments = (shlex.quote(argument) for argument in (folder.uri, question, f"{name}.json"))
+def _run(client: JobClient, folder: Storage, question: str, runtime_env: dict[str, Any]) -> None:
+    arguments = (shlex.quote(argument) for argument in (folder.uri, question))
     job_id = client.submit_job(
         entrypoint=f"python -m {__name__} {' '.join(arguments)}",
         submission_id=f"kfr-probe-{uuid.uuid4().hex[:12]}",
@@ -144,27 +147,22 @@ def _name(version: dict[str, Any], storage: Storage, runtime_env: dict[str, Any]
     return hashlib.sha256(what.encode()).hexdigest()[:24]
 
 
-def _answer_in(folder: Storage, name: str, nonce: str | None) -> Answer | None:
-    data = folder.read(f"{name}.json")
-    if data is None:
-        return None
-    said = json.loads(data)
-    if nonce is not None and said["nonce"] != nonce:
-        return None
-    return Answer(Versions.from_json(said["versions"]), said["clock"], said["asked_at"])
+def _parsed(said: bytes) -> Answer:
+    answer = json.loads(said)
+    return Answer(Versions.from_json(answer["versions"]), answer["clock"], answer["asked_at"])
 
 
 _STORAGE_MARK = "kfpytorch_ray probe, storage: "
 
 
-def _answer(uri: str, question: str, name: str) -> None:
+def _answer(uri: str, question: str) -> None:
     folder = Storage(uri)
-    data = folder.read(question)
-    if data is None:
-        msg = f"{uri}/{question}, which was written by the machine that launches, is not there."
+    asked = folder.read(f"{question}.question")
+    if asked is None:
+        msg = f"{uri}/{question}.question, which was written by the machine that launches, is not there."
         raise StorageError(msg)
-    said = {**json.loads(data), "versions": here().to_json(), "clock": time.time()}
-    folder.write(name, json.dumps(said).encode())
+    said = {**json.loads(asked), "versions": here().to_json(), "clock": time.time()}
+    folder.write(f"{question}.answer", json.dumps(said).encode())
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kfpytorch_ray.cluster.launching import RayRequest
 from kfpytorch_ray.cluster.remote import driver
 from kfpytorch_ray.cluster.remote.client import JobClient, client_of
 from kfpytorch_ray.cluster.remote.handle import RemoteRun
 from kfpytorch_ray.cluster.remote.probe import probe
 from kfpytorch_ray.cluster.remote.versions import here, refuse_mismatch
 from kfpytorch_ray.cluster.remote.working_dir import check, survey
+from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.cluster.runtime_env import runtime_env_of
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import KfpytorchRayError, VersionMismatchError
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 """Read by a job's supervisor: how long its driver may take to stop its workers before it is killed."""
 _STOP_MARGIN_S = 30.0
+
+_FOLDER = ("working_dir", "excludes")
 
 RUN_KEY = "kfpytorch_ray.run"
 ATTEMPT_KEY = "kfpytorch_ray.attempt_of"
@@ -66,20 +68,17 @@ def look(options: RayBackend, address: str, storage: Storage) -> Destination:
         StorageError: The storage cannot be used here or there.
     """
     runtime_env = runtime_env_of(options)
-    folder = runtime_env.get("working_dir")
-    if folder:
-        travels = survey(folder, options.excludes)
+    travels = survey(runtime_env["working_dir"], options.excludes) if "working_dir" in runtime_env else None
+    if travels is not None:
         check(travels, options.max_working_dir_bytes)
-        tell(travels.describe())
     environment = dict(runtime_env.get("env_vars") or {})
     environment.setdefault(_STOP_WAIT_VARIABLE, str(math.ceil(options.stop_grace_s + _STOP_MARGIN_S)))
     runtime_env["env_vars"] = environment
     client = client_of(options, address)
     _refuse_other_versions(client, storage, {name: part for name, part in runtime_env.items() if name not in _FOLDER})
+    if travels is not None:
+        tell(travels.describe())
     return Destination(client, storage, runtime_env)
-
-
-_FOLDER = ("working_dir", "excludes")
 
 
 def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Destination) -> RemoteRun:

@@ -10,7 +10,7 @@ import logging
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +25,7 @@ LOWEST_RAY = "2.49"
 """As in pyproject.toml, which the cluster need not have: our code may come to it by ``py_modules``."""
 
 _HERE = "on this machine"
+_TEXTS = ("python", "ray", "torch", "flytekit", "cloudpickle", "kfpytorch_ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,9 @@ class Versions:
     def from_json(cls, value: object) -> Versions:
         """From what ``json`` gives. Unknown fields are ignored; what is missing or of another type is None."""
         given: Mapping[str, Any] = value if isinstance(value, dict) else {}
-        known = {field.name: given.get(field.name) for field in fields(cls)}
-        kinds = {name: int if name == "protocol" else str for name in known}
-        return cls(**{name: item for name, item in known.items() if type(item) is kinds[name]})
+        texts = {name: text for name in _TEXTS if isinstance(text := given.get(name), str)}
+        protocol = given.get("protocol")
+        return cls(**texts, protocol=protocol if type(protocol) is int else None)
 
     def __str__(self) -> str:
         known = [f"{name} {item}" for name, item in self.to_json().items() if item is not None]
@@ -68,8 +69,8 @@ class Versions:
 
 def here() -> Versions:
     """The versions of this process, from the metadata of its packages."""
-    packages = ("ray", "torch", "flytekit", "cloudpickle", "kfpytorch_ray")
-    return Versions(platform.python_version(), *map(_installed, packages), protocol=PROTOCOL)
+    packages = {name: _installed(name) for name in _TEXTS if name != "python"}
+    return Versions(platform.python_version(), **packages, protocol=PROTOCOL)
 
 
 @dataclass(frozen=True, slots=True)

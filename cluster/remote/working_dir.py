@@ -14,10 +14,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
+from ray._private import ray_constants
 
 from kfpytorch_ray.cluster.remote.packing import Entry, Fate, entries_of
 from kfpytorch_ray.errors import WorkingDirError, explain
+
+JOB_API_LIMIT_BYTES: int = getattr(ray_constants, "DASHBOARD_CLIENT_MAX_SIZE", 100 * 2**20)
+"""Larger packages are refused by Ray's job server, after they were sent; its setting is a constant. What joins Ray by
+``ray.init`` may send more, 512 MiB."""
 
 _LARGEST = 5
 _SHOWN = 8
@@ -30,32 +34,32 @@ _EXCLUDES = "RayBackend(excludes=(*DEFAULT_WORKING_DIR_EXCLUDES, {}))"
 
 _PROBLEMS = {
     Fate.BROKEN_LINK: (
-        "{} leads nowhere",
+        "Links that lead nowhere: {}",
         "Ray leaves such links out without a word, and workers would miss them.",
         "Mend or remove them, or leave them out: " + _EXCLUDES + ".",
     ),
     Fate.CIRCLE: (
-        "{} leads in a circle",
+        "Links that lead in a circle: {}",
         "Ray follows links, and packs what is behind it again and again until the system stops it.",
         "Remove the link, or leave it out: " + _EXCLUDES + ".",
     ),
     Fate.SPECIAL: (
-        "{} is no file",
+        "Neither files nor folders: {}",
         "Sockets, fifos and devices cannot be sent; Ray waits forever at a fifo that nobody writes to.",
         "Move them elsewhere, or leave them out: " + _EXCLUDES + ".",
     ),
     Fate.UNREADABLE: (
-        "{} may not be read",
+        "What may not be read: {}",
         "Ray packs all that is not left out, and looks for ignore files in folders that are left out, too.",
-        "Make them readable for this user, or move them elsewhere; a file can also be left out by RayBackend(excludes=...).",
+        "Make them readable for this user, or move them elsewhere; RayBackend(excludes=...) can leave out files.",
     ),
     Fate.BAD_NAME: (
-        "{} has a name that is not UTF-8",
+        "Names that are not UTF-8: {}",
         "Ray cannot send such names.",
-        "Rename it.",
+        "Rename them.",
     ),
     Fate.BAD_PATTERN: (
-        "{} cannot be read as gitignore patterns",
+        "What cannot be read as gitignore patterns: {}",
         "Ray reads the patterns of excludes and of all ignore files before it packs anything.",
         "Mend the pattern; a literal ! or # at its start is written with a backslash before it.",
     ),
@@ -72,7 +76,7 @@ class WorkingDir:
         files: Number of files that are sent.
         size_bytes: Of the package that is sent: the files, which Ray does not compress, and their names.
         largest: The largest files that are sent, largest first.
-        left_out: What patterns leave out at the top of the folder; what they leave out further down is not listed.
+        left_out: Files and folders at the top of the folder of which patterns leave out everything.
         problems: What Ray would choke on, or leave out without a word.
     """
 
@@ -107,23 +111,43 @@ def survey(folder: str | os.PathLike[str], excludes: Sequence[str] = ()) -> Work
     root = _existing(folder)
     files, size_bytes = 0, _EMPTY_PACKAGE_BYTES
     largest: list[tuple[int, str, Entry]] = []
-    left_out: list[Entry] = []
-    problems: list[Entry] = []
+    left_out: dict[str, Entry] = {}
+    not_left_out: set[str] = set()
+    # An ignore file that may not be read is met twice: on the way into its folder, and as a file.
+    problems: dict[Entry, None] = {}
     for entry in entries_of(root, excludes):
-        if entry.fate is Fate.SENT:
-            content_bytes = entry.size_bytes or 0
-            size_bytes += content_bytes + _BYTES_PER_NAME + 2 * len(entry.name.encode())
-            if not entry.name.endswith("/"):
-                files += 1
-                heapq.heappush(largest, (content_bytes, entry.name, entry))
-                if len(largest) > _LARGEST:
-                    heapq.heappop(largest)
-        elif entry.fate is not Fate.LEFT_OUT:
-            problems.append(entry)
-        elif "/" not in entry.name:
-            left_out.append(entry)
-    by_size = tuple(entry for *_, entry in sorted(largest, reverse=True))
-    return WorkingDir(root, files, size_bytes, by_size, tuple(left_out), tuple(problems))
+        top = entry.name.partition("/")[0]
+        if entry.fate is Fate.LEFT_OUT:
+            left_out[top] = _together(left_out.get(top), entry, top)
+            continue
+        not_left_out.add(top)
+        if entry.fate is not Fate.SENT:
+            problems[entry] = None
+            continue
+        content_bytes = entry.size_bytes or 0
+        size_bytes += content_bytes + _BYTES_PER_NAME + 2 * len(entry.name.encode())
+        if not entry.name.endswith("/"):
+            files += 1
+            heapq.heappush(largest, (content_bytes, entry.name, entry))
+            if len(largest) > _LARGEST:
+                heapq.heappop(largest)
+    return WorkingDir(
+        root,
+        files,
+        size_bytes,
+        tuple(entry for *_, entry in sorted(largest, reverse=True)),
+        tuple(entry for top, entry in left_out.items() if top not in not_left_out),
+        tuple(problems),
+    )
+
+
+def _together(before: Entry | None, entry: Entry, top: str) -> Entry:
+    """What is left out of one folder at the top, as one entry: ``data/`` matches what is in a folder, not itself."""
+    if before is None:
+        return Entry(top, Fate.LEFT_OUT, entry.size_bytes, entry.detail)
+    known = None not in (before.size_bytes, entry.size_bytes)
+    size_bytes = (before.size_bytes or 0) + (entry.size_bytes or 0) if known else None
+    return Entry(top, Fate.LEFT_OUT, size_bytes, before.detail)
 
 
 def check(working_dir: WorkingDir, limit_bytes: int) -> None:
@@ -131,7 +155,8 @@ def check(working_dir: WorkingDir, limit_bytes: int) -> None:
 
     Args:
         working_dir: As surveyed.
-        limit_bytes: Largest size of the package, ``RayBackend(max_working_dir_bytes=...)``. Ray has a limit too.
+        limit_bytes: Largest size of the package, ``RayBackend(max_working_dir_bytes=...)``; no more than
+            ``JOB_API_LIMIT_BYTES`` in any case.
 
     Raises:
         WorkingDirError: Lists every problem.
@@ -158,9 +183,9 @@ def _existing(folder: str | os.PathLike[str]) -> Path:
 
 def _too_large(working_dir: WorkingDir, limit_bytes: int) -> tuple[str, ...]:
     size = _amount(working_dir.size_bytes)
-    if working_dir.size_bytes >= GCS_STORAGE_MAX_SIZE:
-        what = f"{size} would be sent, and Ray takes less than {_amount(GCS_STORAGE_MAX_SIZE)}."
-        raised = ""
+    raised = ""
+    if working_dir.size_bytes > JOB_API_LIMIT_BYTES:
+        what = f"{size} would be sent, and Ray's job server takes no more than {_amount(JOB_API_LIMIT_BYTES)}."
     elif working_dir.size_bytes > limit_bytes:
         what = f"{size} would be sent, more than max_working_dir_bytes={limit_bytes} ({_amount(limit_bytes)})."
         raised = f", or allow more: RayBackend(max_working_dir_bytes={working_dir.size_bytes})"
@@ -184,12 +209,14 @@ def _problem(fate: Fate, entries: Iterable[Entry]) -> str:
         return ""
     what, why, fix = _PROBLEMS[fate]
     found = _listed(_shown(entry.name) + _detail(entry) for entry in having)
-    return explain(what.format(found) + ".", why, fix.format(repr(pattern_for(having[0].name))))
+    return explain(what.format(found), why, fix.format(repr(pattern_for(having[0].name))))
 
 
 def pattern_for(name: str) -> str:
     """The gitignore pattern that matches one entry of the folder and nothing else."""
-    return "/" + re.sub(r"([\\*?\[\]!# ])", r"\\\1", name)
+    escaped = re.sub(r"([\\*?\[\]!#])", r"\\\1", name)
+    # Ray strips a space at the end, escaped or not.
+    return "/" + re.sub(r"(\s)$", r"[\1]", escaped)
 
 
 def _detail(entry: Entry) -> str:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM while a remote run is followed: it is elsewhere, so somebody has to say what becomes of it."""
+"""Ctrl-C and SIGTERM while a launch runs: an exception in the main thread, so that what was started is ended in order.
+
+A run that is elsewhere does not end with this process: there somebody has to say what becomes of it.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from typing import NoReturn
 
 from kfpytorch_ray.notices import tell
 
-_TERMINATED = 128 + signal.SIGTERM
+TERMINATED = 128 + signal.SIGTERM
+"""The exit code of a process that SIGTERM has ended in order."""
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Have SIGINT raise KeyboardInterrupt and SIGTERM SystemExit(143), whatever handlers others have set.
 
-    flytekit ends the process at SIGINT, and without a handler SIGTERM does: nobody would stop the run. Only the main
-    thread can have handlers; elsewhere nothing changes.
+    flytekit ends the process at SIGINT, and Ray, once it is joined, aborts it at SIGTERM: nobody would stop the
+    workers. Only the main thread can have handlers; elsewhere nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -37,7 +41,7 @@ def interruptible() -> Iterator[None]:
 
 
 def wants_to_stop(on_interrupt: str, run_id: str) -> bool:
-    """Whether an interruption is to stop the run.
+    """Whether an interruption is to stop a remote run.
 
     Args:
         on_interrupt: ``"stop"``, ``"detach"``, or ``"ask"`` where there is somebody to ask.
@@ -56,4 +60,4 @@ def wants_to_stop(on_interrupt: str, run_id: str) -> bool:
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(_TERMINATED)
+    sys.exit(TERMINATED)
