@@ -34,7 +34,8 @@ _COLOURS = {
 @reach_options
 def status(run: str, as_json: bool, storage: str | None, address: str | None, verify: bool | str | None) -> None:
     """Show where a run stands, and how it ended."""
-    manifest, handle = opened(run, Reach(storage, address, verify))
+    reach = Reach(storage, address, verify)
+    manifest, handle = opened(run, reach)
     now = handle.status()
     folder = run_folder(Reach(manifest.storage).open_storage(), run)
     outcome, taken = read_outcome(folder), collected(folder)
@@ -45,7 +46,7 @@ def status(run: str, as_json: bool, storage: str | None, address: str | None, ve
         "run": run,
         "function": manifest.name,
         "status": now.value,
-        "workers": _workers(manifest),
+        "nodes": f"{manifest.nodes}, workers on each: {manifest.nproc_per_node}",
         "created": f"{local_time(manifest.created_at)} ({ago(manifest.created_at)}) by {manifest.created_by}",
         "cluster": manifest.address,
         "storage": manifest.storage,
@@ -60,9 +61,10 @@ def status(run: str, as_json: bool, storage: str | None, address: str | None, ve
     if outcome is not None and outcome.message:
         click.echo(f"\n{outcome.error}: {outcome.message}")
     elif not now.ended:
-        click.echo(f"\nFollow it: kfpytorch-ray logs -f {run}    Stop it: kfpytorch-ray cancel {run}", err=True)
+        click.echo(f"\nFollow it:  {reach.command(f'logs -f {run}')}", err=True)
+        click.echo(f"Stop it:    {reach.command(f'cancel {run}')}", err=True)
     elif now is RunStatus.SUCCEEDED and taken is None:
-        click.echo(f"\nTake its result: kfpytorch-ray result {run}", err=True)
+        click.echo(f"\nTake its result:  {reach.command(f'result {run}')}", err=True)
 
 
 @click.command(name="list")
@@ -119,16 +121,12 @@ def _table(runs: list[RunSummary], known: dict[str, Standing]) -> Table:
             manifest.run_id,
             manifest.name,
             f"[{colour}]{standing}[/]" if colour else str(standing),
-            _workers(manifest),
+            f"{manifest.nodes} x {manifest.nproc_per_node}",
             ago(manifest.created_at, now),
             manifest.created_by,
             manifest.address,
         )
     return table
-
-
-def _workers(manifest: Manifest) -> str:
-    return f"{manifest.nodes} x {manifest.nproc_per_node}"
 
 
 def _as_json(manifest: Manifest, standing: Standing, outcome: Outcome | None, taken: bool) -> dict[str, Any]:

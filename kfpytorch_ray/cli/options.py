@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
@@ -84,7 +85,14 @@ class Reach:
             ConfigError: None is named.
             StorageError: There is no file system for it.
         """
+        if not self.storage and not os.environ.get(STORAGE_VARIABLE):
+            problem = f"no storage is named: give --storage URI, such as s3://bucket/prefix, or set {STORAGE_VARIABLE}"
+            raise ConfigError("kfpytorch-ray", (problem,))
         return storage_of(self.storage)
+
+    def command(self, line: str) -> str:
+        """A command line that does something else in the same storage, for a hint."""
+        return f"kfpytorch-ray {line}{f' --storage {shlex.quote(self.storage)}' if self.storage else ''}"
 
     def given(self) -> dict[str, Any]:
         """The fields of an options object that say how its cluster is reached; only those that are given.

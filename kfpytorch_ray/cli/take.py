@@ -82,6 +82,7 @@ def cancel(run: str, as_json: bool, storage: str | None, address: str | None, ve
     One that has ended stays as it is.
     """
     _, handle = opened(run, Reach(storage, address, verify))
+    tell(f"stopping the run {run} ...")
     ended = handle.cancel()
     if as_json:
         print_json({"run_id": run, "status": ended.value})

@@ -113,8 +113,7 @@ def test_the_environment_is_carried_and_laid_over(monkeypatch: pytest.MonkeyPatc
 def test_the_search_path_is_absolute_but_for_what_is_sent(
     working_dir: str | None, sent: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What is relative here means nothing on a node, and the order stays; what lies below the working directory is
-    where that is unpacked."""
+    """What is relative here means nothing on a node; what lies in the working directory is where that is unpacked."""
     (tmp_path / "src").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["src", "", "src/deep", "/elsewhere", *sys.path])
