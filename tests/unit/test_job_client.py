@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socketserver
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,16 +35,14 @@ def answering(status: int, body: str, seen: list[dict[str, str]] | None = None) 
     """An HTTP server that says the same to everything."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+        def do_GET(self) -> None:
             if seen is not None:
                 seen.append({name.lower(): value for name, value in self.headers.items()})
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body.encode())
 
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        def log_message(self, *_line: object) -> None:
             pass
 
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
@@ -52,12 +50,12 @@ def answering(status: int, body: str, seen: list[dict[str, str]] | None = None) 
 
 
 @contextmanager
-def saying(talk: Callable[[socketserver.StreamRequestHandler], None]) -> Iterator[str]:
+def saying(said: bytes) -> Iterator[str]:
     """A server that does not speak HTTP."""
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            talk(self)
+            self.wfile.write(said)
 
     with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as address:
         yield f"http://{address}"
@@ -97,16 +95,19 @@ def test_who_is_refused_is_told_what_to_give(status: int) -> None:
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_a_proxy_without_a_head(status: int) -> None:
     """It is as if nobody answered: worth another try."""
-    with answering(status, "bad gateway") as address, pytest.raises(ClusterUnreachableError, match=str(status)) as caught:
+    with (
+        answering(status, "bad gateway") as address,
+        pytest.raises(ClusterUnreachableError, match=str(status)) as caught,
+    ):
         JobClient(address).job("kfr-one")
     assert caught.value.retryable
 
 
 def test_a_request_that_fails_on_the_cluster() -> None:
     """The last line of its answer, which is a traceback of Ray's, says why."""
-    with answering(500, "Traceback\n  File\nValueError: no such thing") as address:
-        with pytest.raises(ClusterError, match="ValueError: no such thing") as caught:
-            JobClient(address).job("kfr-one")
+    said = "Traceback\n  File\nValueError: no such thing"
+    with answering(500, said) as address, pytest.raises(ClusterError, match="ValueError: no such thing") as caught:
+        JobClient(address).job("kfr-one")
     assert not isinstance(caught.value, ClusterUnreachableError)
 
 
@@ -135,10 +136,10 @@ def test_nobody_listens() -> None:
 
 def test_a_port_that_does_not_speak_http() -> None:
     """Ray's own ports answer in binary, which is not shown to anybody."""
-    with saying(lambda handler: handler.wfile.write(b"\x00\x00\x12\x04\xff\n") and None) as address:
-        with pytest.raises(ClusterUnreachableError, match="does not speak HTTP") as caught:
-            JobClient(address).version()
-    assert str(caught.value).isprintable() or all(line.isprintable() for line in str(caught.value).splitlines())
+    said = b"\x00\x00\x12\x04\xff\n"
+    with saying(said) as address, pytest.raises(ClusterUnreachableError, match="does not speak HTTP") as caught:
+        JobClient(address).version()
+    assert all(line.isprintable() for line in str(caught.value).splitlines())
 
 
 def test_https_where_http_is_served() -> None:
