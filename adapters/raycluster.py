@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.adapters import ray_findings
@@ -69,6 +70,7 @@ class RayAdapter:
         from kfpytorch_ray.cluster.limits import Budgets, Limits
         from kfpytorch_ray.cluster.protocol import AgentSetup
         from kfpytorch_ray.cluster.request import RayRequest
+        from kfpytorch_ray.cluster.runtime_env import working_dir_of
 
         options = self._options
         resources = plan.resources.amounts
@@ -83,7 +85,7 @@ class RayAdapter:
                 nproc_per_node=plan.nproc_per_node,
                 contract=plan.contract,
                 environment=launch_environment(os.environ, plan, options),
-                sys_path=_search_path(plan.function),
+                sys_path=_search_path(plan.function, working_dir_of(options)),
                 working_directory="",
                 preload=tuple(options.preload),
                 flyte=plan.flyte,
@@ -206,9 +208,16 @@ class RayAdapter:
         return address if address and address.startswith(("http://", "https://")) else None
 
 
-def _search_path(function: Callable[..., Any]) -> tuple[str, ...]:
+def _search_path(function: Callable[..., Any], working_dir: str) -> tuple[str, ...]:
+    """Where modules are found here, and for other machines where that is in the working directory that is sent."""
     root = import_root(function)
-    return tuple(dict.fromkeys(os.path.abspath(path) for path in (*sys.path, *([root] if root else []))))
+    here = list(dict.fromkeys(os.path.abspath(path) for path in (*sys.path, *([root] if root else []))))
+    if not working_dir:
+        return tuple(here)
+    # An environment within the project is of this machine.
+    mine = [path for path in here if not Path(path).is_relative_to(sys.prefix)]
+    sent = Path(working_dir).absolute()
+    return (*here, *(os.path.relpath(path, sent) for path in mine if Path(path).is_relative_to(sent)))
 
 
 def _nodes_of(plan: LaunchPlan) -> str:

@@ -78,6 +78,7 @@ def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:
         # Elsewhere it is the folder that Ray unpacked, or the node's own.
         working_directory=os.getcwd() if private else "",
     )
-    if home:
-        return replace(joined, driver_address=driver_address())
-    return replace(joined, sys_path=tuple(os.path.abspath(path) for path in sys.path))
+    own = setup.sys_path if home else tuple(os.path.abspath(path) for path in sys.path)
+    sent = () if private else tuple(path for path in setup.sys_path if not os.path.isabs(path))
+    joined = replace(joined, sys_path=(*filter(os.path.isabs, own), *sent))
+    return replace(joined, driver_address=driver_address()) if home else joined

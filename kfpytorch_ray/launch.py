@@ -1,4 +1,4 @@
-"""``launch()``: the way of an elastic task without a Flyte task, for notebooks and scripts.
+"""``launch()``: the way of an elastic task without a Flyte task, for notebooks, scripts and the command line.
 
 The same preflight, plan and adapter as a task; our errors are raised as they are.
 """
@@ -6,9 +6,10 @@ The same preflight, plan and adapter as a task; our errors are raised as they ar
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast, overload
 
+from flytekit import PythonFunctionTask
 from flytekit.core.base_task import Task
 
 from kfpytorch_ray.checks import is_elastic
@@ -65,20 +66,53 @@ def launch(
         PlacementError: The nodes could not be had.
         LaunchError: The workers started and failed.
     """
-    config = Elastic() if elastic is None else elastic
+    return launch_function(fn, args, kwargs, Elastic() if elastic is None else elastic, wait=wait)
+
+
+def launch_function(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    config: Elastic,
+    *,
+    wait: bool = True,
+    task: PythonFunctionTask[Any] | None = None,
+) -> ElasticResult | Run:
+    """``launch()``, whose arguments no name of a keyword can meet.
+
+    Args:
+        fn: As in ``launch``.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        config: Nodes, workers, restarts and backend.
+        wait: As in ``launch``.
+        task: The Flyte task whose function ``fn`` is: the launch has its name, resources and environment.
+
+    Raises:
+        KfpytorchRayError: As ``launch``.
+    """
     if not is_elastic(config):
         raise ConfigError("launch", (f"elastic={config!r}: expected an Elastic(...)",))
-    job = admit(config, problems=_function_problems(fn))
+    environment = {} if task is None else dict(task.environment or {})
+    job = admit(config, environment, _function_problems(fn))
+    if not wait and not isinstance(job.adapter, DetachedAdapter):
+        raise ConfigError("launch", (f"wait=False: runs of the backend {job.choice.name!r} end with this process",))
     context = current_context()
-    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
     execution = execution_name(context)
     run_id = f"launch-{uuid.uuid4().hex[:8]}" if execution in (None, "", LOCAL_EXECUTION) else execution
-    call = Call(name, str(run_id), fn, args, kwargs, context, keeps_checkpoints=True)
-    if wait:
-        return job.adapter.run(plan_elastic(config, call))
-    if not isinstance(job.adapter, DetachedAdapter):
-        raise ConfigError("launch", (f"wait=False: runs of the backend {job.choice.name!r} end with this process",))
-    return job.adapter.start(plan_elastic(config, call))
+    call = Call(
+        name=task.name if task is not None else getattr(fn, "__qualname__", None) or type(fn).__qualname__,
+        run_id=str(run_id),
+        function=fn,
+        args=args,
+        kwargs=kwargs,
+        context=context,
+        resources=None if task is None else task.resources,
+        environment=environment,
+        keeps_checkpoints=True,
+    )
+    plan = plan_elastic(config, call)
+    return job.adapter.run(plan) if wait else cast(DetachedAdapter, job.adapter).start(plan)
 
 
 def _function_problems(fn: Any) -> tuple[str, ...]:

@@ -127,7 +127,17 @@ def attach(run_id: str, *, storage: str | None = None, backend: BackendOptions |
         StorageError: The storage cannot be read.
         BackendUnavailableError: The run's backend is not installed here.
     """
-    manifest = read_manifest(storage_of(storage or getattr(backend, "storage", None)), run_id)
+    return open_run(read_manifest(storage_of(storage or getattr(backend, "storage", None)), run_id), backend)
+
+
+def open_run(manifest: Manifest, backend: BackendOptions | None = None) -> Run:
+    """``attach()``, for a manifest that was read.
+
+    Raises:
+        ConfigError: The options are of another backend.
+        BackendUnavailableError: The run's backend is not installed here.
+    """
+    run_id = manifest.run_id
     if backend is not None and backend.name != manifest.backend:
         raise ConfigError("attach", (f"backend={backend!r}: the run {run_id} is one of backend {manifest.backend!r}",))
     adapter = load_adapter(BackendChoice(manifest.backend, backend))

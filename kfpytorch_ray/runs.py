@@ -22,7 +22,7 @@ import platform
 import re
 import time
 import uuid
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from typing_extensions import Self
@@ -81,7 +81,7 @@ class Manifest(_Json):
         run_id: Name of its folder and of its job.
         name: Of the task or function.
         backend: By which it runs.
-        storage: URI of the storage.
+        storage: URI of the storage, as whoever reads it reaches it.
         address: Of its cluster.
         created_at: Seconds since the epoch.
         created_by: User and host.
@@ -205,7 +205,7 @@ def read_manifest(storage: Storage, run_id: str) -> Manifest:
     data = run_folder(storage, run_id).read(MANIFEST)
     if data is None:
         raise _unknown(storage, run_id)
-    return _parsed(Manifest, data, f"{storage.uri}/{_RUNS}/{run_id}/{MANIFEST}")
+    return _manifest(storage, data, run_id)
 
 
 def read_outcome(folder: Storage) -> Outcome | None:
@@ -258,7 +258,7 @@ def list_runs(storage: Storage) -> list[RunSummary]:
         folder = run_folder(storage, run_id)
         data = folder.read(MANIFEST)
         if data is not None:
-            manifest = _parsed(Manifest, data, f"{folder.uri}/{MANIFEST}")
+            manifest = _manifest(storage, data, run_id)
             found.append(RunSummary(manifest, read_outcome(folder), folder.read(COLLECTED) is not None))
     return sorted(found, key=lambda run: run.manifest.created_at, reverse=True)
 
@@ -292,6 +292,11 @@ def remove_run(storage: Storage, run_id: str) -> None:
         if name != MANIFEST:
             folder.remove(name)
     folder.remove()
+
+
+def _manifest(storage: Storage, data: bytes, run_id: str) -> Manifest:
+    """A manifest, whose storage is the one that it was found in: another machine may reach it by another path."""
+    return replace(_parsed(Manifest, data, f"{storage.uri}/{_RUNS}/{run_id}/{MANIFEST}"), storage=storage.uri)
 
 
 def _parsed(kind: type[J], data: bytes, where: str) -> J:

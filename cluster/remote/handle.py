@@ -179,7 +179,8 @@ class RemoteRun:
             if not keep:
                 _collect(self._folder)
             raise record.error
-        result = ElasticResult(tuple(range(len(outcome.results))), Downloads(self._folder, outcome), record.rounds)
+        ranks = tuple(range(len(outcome.results)))
+        result = ElasticResult(ranks, Downloads(self._folder, outcome), record.rounds, self.run_id)
         if not keep:
             weakref.finalize(result, _collect, self._folder)
         return result
