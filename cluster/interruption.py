@@ -49,13 +49,13 @@ def wants_to_stop(on_interrupt: str, run_id: str) -> bool:
     """
     if on_interrupt != "ask" or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         return on_interrupt != "detach"
-    tell(f"the run {run_id} is on the cluster. [s]top it, or [d]etach and leave it running? (s)")
-    with interruptible():
-        try:
+    try:
+        with interruptible():
+            tell(f"the run {run_id} is on the cluster. [s]top it, or [d]etach and leave it running? (s)")
             answer = sys.stdin.readline()
-        except (KeyboardInterrupt, SystemExit):
-            # Asked twice.
-            return True
+    except (KeyboardInterrupt, SystemExit):
+        # Asked twice.
+        return True
     return not answer.strip().lower().startswith("d")
 
 

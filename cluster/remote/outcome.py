@@ -111,8 +111,8 @@ class Downloads:
         with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as folder:
             path = Path(folder, "result")
             self._folder.download(_name(rank), path, digest)
-            # The memory that is mapped outlives the file.
-            return rebuilt_result(map_spooled(path), rank)
+            # The memory that is mapped outlives the file, and becomes the value's own: it is there once.
+            return rebuilt_result(map_spooled(path, writable=True), rank)
 
 
 def _write(folder: Storage, status: RunStatus, record: Record, results: tuple[tuple[str, int], ...] = ()) -> None:
