@@ -103,6 +103,18 @@ class JobClient(JobSubmissionClient):
             self._raise_error(answer)
         return JobDetails(**answer.json())
 
+    def submit_job(self, **job: Any) -> str:
+        """Have the cluster run a job; see Ray's ``JobSubmissionClient``.
+
+        Raises:
+            ConfigError: Ray does not take the runtime environment.
+            ClusterError: The cluster cannot be reached, or does not take the job.
+        """
+        try:
+            return str(super().submit_job(**job))
+        except (TypeError, ValueError) as error:
+            raise ConfigError("RayBackend", (f"runtime_env: {error}",)) from error
+
     def wait_until_over(self, submission_id: str, timeout_s: float | None = None) -> JobDetails:
         """Wait until a job will not run any more.
 
