@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from flyteidl.plugins.kubeflow import common_pb2 as kubeflow_common
-from flytekit import Resources
+from flytekit import PodTemplate, Resources
 
 DEFAULT_TIMEOUT_S = 900
 """Upstream's default for both rendezvous time-outs: nodes may still have to be started and images pulled."""
@@ -146,25 +146,16 @@ class KubeflowBackend:
     name: ClassVar[str] = "kubeflow"
 
 
-@dataclass
-class RayBackend:
-    """Run on Ray: one elastic agent actor per node.
+@dataclass(kw_only=True)
+class RayRunOptions:
+    """What concerns a run on Ray, whoever made the Ray: shared by ``RayBackend`` and ``KubeRayBackend``.
 
     Args:
-        address: Which Ray. None: the one that is initialised, else ``RAY_ADDRESS``, else one started here.
-            ``"local"``: one that this process started or starts now; ``"auto"`` or ``"HOST:PORT"`` (of the GCS): a
-            cluster that this machine belongs to.
-        resources_per_node: Ray resources of one node, for example ``{"CPU": 16, "GPU": 8, "memory": 2**36}``
-            (memory in bytes; any custom resource). None: the task's requests and limits, else one CPU per worker.
         env: Environment variables of the workers; they win over the task's ``environment`` and the driver's.
         carried_environment: Shell patterns of the driver's variables that workers get.
-        working_dir: Folder that is sent to the cluster so that workers can import the user's modules. None: the
-            current directory, unless the Ray job already has one. ``""``: send nothing. Only a launch that joins the
-            cluster itself can send it; under a ``ray.init()`` of the user's, its ``runtime_env`` does. On a Ray that
-            runs on this machine only, nothing is sent and the driver's ``sys.path`` is used.
+        working_dir: Folder that is sent to the cluster so that workers can import the user's modules. ``""``: send
+            nothing. None: as the backend says.
         excludes: gitignore patterns that are left out of ``working_dir``.
-        autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
-            until the join timeout, instead of being refused at once.
         stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
         preload: Modules that the fork server imports before the first worker, besides torch and flytekit.
         max_node_failures: Lost agents and nodes after which the task fails, counted apart from ``max_restarts``.
@@ -178,15 +169,10 @@ class RayBackend:
             fails, with the stacks of all ranks. None: no limit.
     """
 
-    name: ClassVar[str] = "ray"
-
-    address: str | None = None
-    resources_per_node: dict[str, float] | None = None
     env: dict[str, str] = field(default_factory=dict)
     carried_environment: tuple[str, ...] = DEFAULT_CARRIED_ENVIRONMENT
     working_dir: str | None = None
     excludes: tuple[str, ...] = DEFAULT_WORKING_DIR_EXCLUDES
-    autoscaling: bool = False
     stop_grace_s: float = 5.0
     preload: tuple[str, ...] = ()
     max_node_failures: int = 3
@@ -194,6 +180,67 @@ class RayBackend:
     checkpoint_grace_s: float = 30.0
     grow_cooldown_s: float = 60.0
     hang_timeout_s: float | None = None
+
+
+@dataclass
+class RayBackend(RayRunOptions):
+    """Run on a Ray that can be reached: one elastic agent actor per node.
+
+    ``working_dir=None`` sends the current directory, unless the Ray job already has one. Only a launch that joins the
+    cluster itself can send it; under a ``ray.init()`` of the user's, its ``runtime_env`` does. On a Ray that runs on
+    this machine only, nothing is sent and the driver's ``sys.path`` is used.
+
+    Args:
+        address: Which Ray. None: the one that is initialised, else ``RAY_ADDRESS``, else one started here.
+            ``"local"``: one that this process started or starts now; ``"auto"`` or ``"HOST:PORT"`` (of the GCS): a
+            cluster that this machine belongs to.
+        resources_per_node: Ray resources of one node, for example ``{"CPU": 16, "GPU": 8, "memory": 2**36}``
+            (memory in bytes; any custom resource). None: the task's requests and limits, else one CPU per worker.
+        autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
+            until the join timeout, instead of being refused at once.
+        **options: As in ``RayRunOptions``.
+    """
+
+    name: ClassVar[str] = "ray"
+
+    address: str | None = None
+    resources_per_node: dict[str, float] | None = None
+    autoscaling: bool = False
+
+
+@dataclass(kw_only=True)
+class KubeRayBackend(RayRunOptions):
+    """Run on a Ray cluster that KubeRay makes for the task: under Flyte, by its ``ray`` plugin (Flyte 1.14 or later).
+
+    The task's requests and limits are those of one Ray worker pod, in which one node's workers run. The driver runs on
+    the head pod, which has no GPU and takes no workers. ``working_dir=None`` sends fast registration's code, and
+    nothing where the code is in the image.
+
+    Args:
+        head_requests: Resources of the head pod. None: 1 CPU and 4Gi.
+        head_limits: Limits of the head pod. None: what it requests.
+        head_pod_template: What else the head pod has; its primary container is Ray's.
+        worker_pod_template: What else worker pods have: node selectors, tolerations, volumes, labels, ...; the primary
+            container is Ray's. ``@task(pod_template=...)`` shapes all pods alike.
+        head_start_params: Parameters of ``ray start`` on the head, without dashes.
+        worker_start_params: Parameters of ``ray start`` on worker pods.
+        idle_timeout_s: Seconds after which Ray's autoscaler gives an idle node of a range back. None: its default.
+        runtime_env: Ray's runtime environment of the job, without ``working_dir``.
+        gpu_resource: What the cluster calls a GPU.
+        **options: As in ``RayRunOptions``.
+    """
+
+    name: ClassVar[str] = "kuberay"
+
+    head_requests: Resources | None = None
+    head_limits: Resources | None = None
+    head_pod_template: PodTemplate | None = None
+    worker_pod_template: PodTemplate | None = None
+    head_start_params: dict[str, str] = field(default_factory=dict)
+    worker_start_params: dict[str, str] = field(default_factory=dict)
+    idle_timeout_s: int | None = None
+    runtime_env: dict[str, Any] | None = None
+    gpu_resource: str = "nvidia.com/gpu"
 
 
 @dataclass

@@ -6,6 +6,7 @@ only here are our errors turned into Flyte's. flytekit imports this module by th
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from abc import abstractmethod
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import flytekit
 from flytekit import PythonFunctionTask
 from flytekit.configuration import SerializationSettings
 from flytekit.core.context_manager import FlyteContextManager
+from flytekit.core.pod_template import PodTemplate
+from flytekit.core.resources import convert_resources_to_resource_model
 from flytekit.deck.deck import TimeLineDeck
 from flytekit.exceptions.base import FlyteException
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
@@ -40,7 +43,8 @@ from kfpytorch_ray.planning import (
     plan_pytorch,
     warn_of_unreservable,
 )
-from kfpytorch_ray.pod_template import copy_template, shared_memory_problems, with_shared_memory
+from kfpytorch_ray.pod_template import copy_template, with_shared_memory
+from kfpytorch_ray.pods import ShapesPods, TaskArguments
 from kfpytorch_ray.preflight import Job, admit
 from kfpytorch_ray.results import ElasticWorkerResult
 from kfpytorch_ray.routing import ROUTE_VARIABLE, route_if_switched_on
@@ -87,10 +91,9 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         environment: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
-        template = kwargs.get("pod_template")
-        enlarge = task_config.increase_shared_mem and kwargs.get("shared_memory") in (None, False)
         self._own_environment = dict(environment or {})
-        self._job = admit(task_config, self._own_environment, shared_memory_problems(template) if enlarge else ())
+        self._arguments = TaskArguments.of(kwargs, self._own_environment)
+        self._job = admit(task_config, self._own_environment, arguments=self._arguments)
         super().__init__(
             task_config=task_config,
             task_function=task_function,
@@ -100,16 +103,24 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
             environment=self._recorded_environment(),
             **kwargs,
         )
-        self.pod_template = with_shared_memory(template) if enlarge else copy_template(template)
+        self.pod_template = self._own_pod_template()
 
     @property
     def job(self) -> Job:
         """The config and its backend; asked for again after ``with_overrides(task_config=...)``."""
         if self.task_config is not self._job.config:
-            self._job = admit(self.task_config, self._own_environment)
+            before = self._job.adds_shared_memory
+            self._job = admit(self.task_config, self._own_environment, arguments=self._arguments)
             self._task_type = self._job.adapter.task_type(self.task_config)
             self._environment = self._recorded_environment()
+            if self._job.adds_shared_memory != before:
+                self.pod_template = self._own_pod_template()
         return self._job
+
+    @property
+    def arguments(self) -> TaskArguments:
+        """What stands beside the config; resources as they are now, for flytekit lays a project's defaults under."""
+        return dataclasses.replace(self._arguments, resources=self.resources)
 
     @property
     def task_type(self) -> str:
@@ -123,9 +134,22 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         recorded: dict[str, str] = self._environment
         return recorded
 
+    @property
+    def pod_template(self) -> PodTemplate | None:
+        """The user's, with a volume at /dev/shm where the backend does not mount one."""
+        _ = self.job
+        return self._pod_template
+
+    @pod_template.setter
+    def pod_template(self, template: PodTemplate | None) -> None:
+        self._pod_template = template
+
     def get_custom(self, settings: SerializationSettings) -> dict[str, Any] | None:
         """The ``custom`` field of the task template, as the backend wants it."""
-        custom = self.job.adapter.custom(self.task_config)
+        adapter = self.job.adapter
+        if isinstance(adapter, ShapesPods):
+            return adapter.custom_for(self.task_config, self.arguments)
+        custom = adapter.custom(self.task_config)
         if custom is not None:
             return custom
         inherited: dict[str, Any] | None = super().get_custom(settings)
@@ -150,7 +174,7 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
             IgnoreOutputs: Rank 0 ran in another pod, whose outputs count.
         """
         context = current_context()
-        if not self.job.choice.is_default:
+        if not self.job.choice.is_default and not isinstance(self.job.adapter, ShapesPods):
             warn_of_unreservable(self.resources)
         plan = self.plan(
             Call(
@@ -174,12 +198,26 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         _hand_over(first)
         return first.return_value
 
+    def _get_container(self, settings: SerializationSettings) -> Any:
+        """The task's container, which flytekit also lays over ``pod_template``."""
+        container = super()._get_container(settings)
+        adapter = self.job.adapter
+        if isinstance(adapter, ShapesPods):
+            own = adapter.container_resources(self.task_config, self.arguments)
+            container._resources = convert_resources_to_resource_model(own.requests, own.limits)
+        return container
+
+    def _own_pod_template(self) -> PodTemplate | None:
+        template = self._arguments.pod_template
+        return with_shared_memory(template) if self._job.adds_shared_memory else copy_template(template)
+
     def _recorded_environment(self) -> dict[str, str]:
         """The user's variables, and the choice: the container does not share the registering shell's environment."""
         choice = self._job.choice
         recorded = dict(self._own_environment)
         if choice.is_default:
-            return recorded
+            # Only where the variable is there already: what upstream registers has none.
+            return {**recorded, BACKEND_VARIABLE: choice.name} if BACKEND_VARIABLE in recorded else recorded
         recorded[BACKEND_VARIABLE] = choice.name
         if not isinstance(self._job.config, Elastic | PyTorch):
             recorded[ROUTE_VARIABLE] = "1"

@@ -1,0 +1,175 @@
+"""What KubeRay, reached through Flyte, cannot honour: refused or said when the task is defined, listed by ``render``.
+
+What Flyte does is read in its source at v1.16.8 (flyteplugins/go/tasks/plugins/k8s/ray/ray.go and
+pluginmachinery/flytek8s); the reasons name the rule. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flytekit import PodTemplate, Resources
+
+from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, WORKER_CONTAINER
+from kfpytorch_ray.adapters.ray_findings import elastic_warnings, replica_findings, run_option_problems
+from kfpytorch_ray.backends import Findings, JobConfig
+from kfpytorch_ray.checks import is_elastic
+from kfpytorch_ray.config import KubeRayBackend
+from kfpytorch_ray.pod_template import primary_container
+from kfpytorch_ray.pods import TaskArguments
+
+_OWNED_BY_US = frozenset({"num-cpus", "num-gpus", "resources"})
+
+OVERRIDES = (
+    "with_overrides(requests=, limits=, resources=) of a workflow node changes the submitting pod only, because head "
+    "and workers bring resources of their own: give them to @task"
+)
+"""Cannot be seen in a task, so it is said of every one."""
+
+
+def find(config: JobConfig, options: KubeRayBackend) -> Findings:
+    """Fields of a config that cannot be honoured."""
+    problems = [*run_option_problems(options), *_option_problems(options)]
+    warnings = _run_policy_warnings(config.run_policy)
+    if is_elastic(config):
+        warnings += elastic_warnings(config)
+    else:
+        found = replica_findings(config)
+        problems += found.problems
+        warnings += found.warnings
+    if not config.increase_shared_mem:
+        warnings.append("increase_shared_mem=False has no effect: KubeRay mounts /dev/shm in every pod of Ray's")
+    return Findings(tuple(problems), tuple(warnings))
+
+
+def find_in_arguments(arguments: TaskArguments) -> Findings:
+    """What stands beside the config and cannot be honoured."""
+    warnings = []
+    if arguments.accelerator is not None:
+        warnings.append(
+            "accelerator has no effect: Flyte looks for GPUs in the task's own container, the submitting pod's; "
+            "select nodes by KubeRayBackend(worker_pod_template=PodTemplate(V1PodSpec(node_selector=...)))"
+        )
+    problems = _template_problems(arguments.pod_template) if arguments.pod_template is not None else []
+    if arguments.environment.get("FLYTE_FAIL_ON_ERROR"):
+        problems.append(
+            "environment FLYTE_FAIL_ON_ERROR: with another exit code than 0 Flyte does not read the error file and "
+            "runs the task again; leave it out"
+        )
+    return Findings(tuple(problems), tuple(warnings))
+
+
+def lost(config: JobConfig, options: KubeRayBackend, arguments: TaskArguments) -> tuple[str, ...]:
+    """Every field that does not arrive, or means something else, on the way through Flyte to KubeRay."""
+    found = [*find(config, options).warnings, *find_in_arguments(arguments).warnings]
+    policy = config.run_policy
+    if policy is None or policy.ttl_seconds_after_finished is None:
+        found.append(
+            f"run_policy.ttl_seconds_after_finished=None means {DEFAULT_TTL_S} s here, not for ever: Flyte always has "
+            "KubeRay remove the cluster"
+        )
+    if policy is not None and policy.active_deadline_seconds is not None:
+        found.append(
+            "run_policy.active_deadline_seconds counts from the driver's start: Flyte cannot set it on the RayJob, so "
+            "pods that never start are bounded by @task(timeout=) only"
+        )
+    if not arguments.bounded:
+        found.append(
+            "rdzv join time-outs do not bound the wait for the first pods, because the driver starts when all of them "
+            "run, and Flyte does not look at pending ones: set @task(timeout=)"
+        )
+    if arguments.pod_template is not None:
+        found.append("pod_template shapes head, workers and submitting pod alike; so do its node selectors")
+    return (*dict.fromkeys(found), OVERRIDES)
+
+
+def _run_policy_warnings(policy: Any) -> list[str]:
+    if policy is None or policy.clean_pod_policy is None:
+        return []
+    return ["run_policy.clean_pod_policy has no effect: KubeRay removes all pods when the time to live has passed"]
+
+
+def _option_problems(options: KubeRayBackend) -> list[str]:
+    problems = []
+    for name in ("head_requests", "head_limits"):
+        asked = getattr(options, name)
+        if asked is not None and not isinstance(asked, Resources):
+            problems.append(f"KubeRayBackend({name}) must be Resources(...), not {asked!r}")
+        elif asked is not None and asked.gpu is not None:
+            problems.append(f"KubeRayBackend({name}): a GPU of the head would not be used, workers run on other pods")
+    for name in ("head_start_params", "worker_start_params"):
+        problems += _start_param_problems(name, getattr(options, name))
+    for name, container in (("head_pod_template", HEAD_CONTAINER), ("worker_pod_template", WORKER_CONTAINER)):
+        template = getattr(options, name)
+        if template is not None:
+            problems += [f"KubeRayBackend({name}): {text}" for text in _overlay_problems(template, container)]
+    if not str(options.gpu_resource).endswith("gpu"):
+        problems.append(
+            f"KubeRayBackend(gpu_resource={options.gpu_resource!r}): KubeRay expects a name that ends in 'gpu'"
+        )
+    timeout = options.idle_timeout_s
+    if timeout is not None and (not isinstance(timeout, int) or isinstance(timeout, bool) or timeout < 1):
+        problems.append(
+            f"KubeRayBackend(idle_timeout_s) must be a whole number of seconds greater than 0, not {timeout!r}"
+        )
+    return problems + _runtime_env_problems(options.runtime_env)
+
+
+def _start_param_problems(name: str, params: Any) -> list[str]:
+    if not (isinstance(params, dict) and all(isinstance(text, str) for pair in params.items() for text in pair)):
+        return [f"KubeRayBackend({name}) must be a dict of strings, not {params!r}"]
+    return [
+        f"KubeRayBackend({name}): {key!r} follows from the pod's resources, on the head there are none for workers"
+        for key in sorted(_OWNED_BY_US & params.keys())
+    ]
+
+
+def _runtime_env_problems(runtime_env: Any) -> list[str]:
+    if runtime_env is None:
+        return []
+    if not isinstance(runtime_env, dict):
+        return [f"KubeRayBackend(runtime_env) must be a dict, not {runtime_env!r}"]
+    if "working_dir" in runtime_env:
+        return ["KubeRayBackend(runtime_env): the driver sends the working_dir; give KubeRayBackend(working_dir=)"]
+    try:
+        json.dumps(runtime_env)
+    except (TypeError, ValueError) as error:
+        return [f"KubeRayBackend(runtime_env) cannot be written as JSON: {error}"]
+    return []
+
+
+def _overlay_problems(template: PodTemplate, container: str) -> list[str]:
+    if not isinstance(template, PodTemplate):
+        return [f"must be a PodTemplate, not {template!r}"]
+    spec = template.pod_spec
+    problems = []
+    if spec is not None and spec.init_containers:
+        problems.append("Flyte drops init containers of a group's own pod; give @task(pod_template=)")
+    if dropped := [c.name for c in (spec and spec.containers) or () if c.name != template.primary_container_name]:
+        problems.append(
+            f"Flyte drops the containers {', '.join(dropped)} of a group's own pod and keeps {container} only, made of "
+            f"the primary container {template.primary_container_name!r}"
+        )
+    if (primary := primary_container(template)) is not None and primary.resources:
+        problems.append(
+            "the primary container's resources are given by @task(requests=) and KubeRayBackend(head_requests=)"
+        )
+    return problems
+
+
+def _template_problems(template: PodTemplate) -> list[str]:
+    containers = (template.pod_spec and template.pod_spec.containers) or []
+    primary = template.primary_container_name
+    problems = []
+    if containers and containers[0].name != primary:
+        problems.append(
+            f"pod_template lists the container {containers[0].name!r} before the primary one, {primary!r}: KubeRay "
+            "starts Ray in the first container; put the primary one there"
+        )
+    if (own := primary_container(template)) is not None and own.resources:
+        problems.append(
+            "pod_template gives resources to the primary container, of which Ray would not learn: give them as "
+            "@task(requests=, limits=)"
+        )
+    return problems
