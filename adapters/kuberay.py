@@ -7,6 +7,7 @@ backend's adapter, which joins the cluster around it. Without Flyte nothing make
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -59,6 +60,13 @@ class KubeRayAdapter:
     def container_resources(self, config: JobConfig, arguments: TaskArguments) -> ResourceSpec:
         """The submitting pod's: the user's go to the workers."""
         return flyte_ray.container_resources(config, self._options, arguments)
+
+    def flyte_manifests(self, template: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+        """The RayJob that Flyte makes of a task template."""
+        from kfpytorch_ray.cluster.kube.flyte_execution import FlyteExecution
+        from kfpytorch_ray.cluster.kube.flyte_rayjob import ray_job
+
+        return (ray_job(template, FlyteExecution()),)
 
     def launches(self, config: JobConfig) -> bool:
         """Always: this process is the driver, never a worker."""

@@ -7,6 +7,7 @@ from typing import Any
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.config import RayBackend, RayRunOptions, RestartPolicy
+from kfpytorch_ray.pods import TaskArguments
 
 _HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout", "last_call_timeout"})
 
@@ -26,6 +27,19 @@ def find(config: JobConfig, options: RayBackend) -> Findings:
                 "RayBackend(resources_per_node) would override the resources of master and worker: give one"
             )
     return Findings(tuple(problems), tuple(warnings))
+
+
+def lost(config: JobConfig, options: RayBackend, arguments: TaskArguments) -> tuple[str, ...]:
+    """Every field that does not arrive at the nodes of a Ray that is there already, or means something else."""
+    found = [*find(config, options).warnings]
+    if arguments.resources.requests.ephemeral_storage or arguments.resources.limits.ephemeral_storage:
+        found.append("ephemeral_storage counts for the driver's pod only: Ray cannot reserve disk space")
+    found += [
+        f"{name} shapes the driver's pod only: Ray's nodes are there already"
+        for name in ("accelerator", "pod_template", "shared_memory")
+        if getattr(arguments, name)
+    ]
+    return tuple(found)
 
 
 def _amount_problems(options: RayBackend) -> list[str]:
