@@ -39,7 +39,7 @@ class KubeRayAdapter:
 
     def check_arguments(self, config: JobConfig, arguments: TaskArguments) -> Findings:
         """Name the arguments of the task that Flyte does not take to the workers."""
-        return kuberay_findings.find_in_arguments(arguments)
+        return kuberay_findings.find_in_arguments(self._options, arguments)
 
     def lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
         """Every field that does not arrive, and why."""

@@ -16,6 +16,7 @@ from kfpytorch_ray.adapters.ray_findings import elastic_warnings, replica_findin
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.config import KubeRayBackend
+from kfpytorch_ray.planning import amount_of
 from kfpytorch_ray.pod_template import primary_container
 from kfpytorch_ray.pods import TaskArguments
 
@@ -43,7 +44,7 @@ def find(config: JobConfig, options: KubeRayBackend) -> Findings:
     return Findings(tuple(problems), tuple(warnings))
 
 
-def find_in_arguments(arguments: TaskArguments) -> Findings:
+def find_in_arguments(options: KubeRayBackend, arguments: TaskArguments) -> Findings:
     """What stands beside the config and cannot be honoured."""
     warnings = []
     if arguments.accelerator is not None:
@@ -51,7 +52,9 @@ def find_in_arguments(arguments: TaskArguments) -> Findings:
             "accelerator has no effect: Flyte looks for GPUs in the task's own container, the submitting pod's; "
             "select nodes by KubeRayBackend(worker_pod_template=PodTemplate(V1PodSpec(node_selector=...)))"
         )
-    problems = _template_problems(arguments.pod_template) if arguments.pod_template is not None else []
+    problems = [*_resource_problems(arguments), *_repeated(options, arguments)]
+    if arguments.pod_template is not None:
+        problems += _template_problems(arguments.pod_template)
     if arguments.environment.get("FLYTE_FAIL_ON_ERROR"):
         problems.append(
             "environment FLYTE_FAIL_ON_ERROR: with another exit code than 0 Flyte does not read the error file and "
@@ -62,7 +65,7 @@ def find_in_arguments(arguments: TaskArguments) -> Findings:
 
 def lost(config: JobConfig, options: KubeRayBackend, arguments: TaskArguments) -> tuple[str, ...]:
     """Every field that does not arrive, or means something else, on the way through Flyte to KubeRay."""
-    found = [*find(config, options).warnings, *find_in_arguments(arguments).warnings]
+    found = [*find(config, options).warnings, *find_in_arguments(options, arguments).warnings]
     policy = config.run_policy
     if policy is None or policy.ttl_seconds_after_finished is None:
         found.append(
@@ -156,6 +159,50 @@ def _overlay_problems(template: PodTemplate, container: str) -> list[str]:
             "the primary container's resources are given by @task(requests=) and KubeRayBackend(head_requests=)"
         )
     return problems
+
+
+def _resource_problems(arguments: TaskArguments) -> list[str]:
+    """Flyte lowers a request to its limit in the task's container, but not in a group's own pod."""
+    problems = []
+    for kind in ("cpu", "mem", "gpu", "ephemeral_storage"):
+        request, limit = (getattr(side, kind) for side in (arguments.resources.requests, arguments.resources.limits))
+        try:
+            if request is not None and limit is not None and amount_of(request) > amount_of(limit):
+                problems.append(
+                    f"requests {kind}={request!r} exceed limits {kind}={limit!r}: Kubernetes refuses such pods"
+                )
+        except (ValueError, ArithmeticError, TypeError):
+            problems.append(f"{kind}={request!r}, {kind}={limit!r}: expected Kubernetes quantities such as 2 or '4Gi'")
+    return problems
+
+
+def _repeated(options: KubeRayBackend, arguments: TaskArguments) -> list[str]:
+    """Names that would be in a pod twice, because Flyte appends lists: the API server refuses the RayJob for them."""
+    problems = []
+    for own in ("head_pod_template", "worker_pod_template"):
+        named: dict[tuple[str, str], str] = {
+            ("environment variable", name): "environment" for name in arguments.environment
+        }
+        templates = (("pod_template", arguments.pod_template), (own, getattr(options, own)))
+        for source, template in templates:
+            for key in _named_in(template):
+                if key in named:
+                    problems.append(f"the {key[0]} {key[1]!r} is in {named[key]} and in {source}: give it once")
+                named[key] = source
+    return list(dict.fromkeys(problems))
+
+
+def _named_in(template: Any) -> list[tuple[str, str]]:
+    if not isinstance(template, PodTemplate) or template.pod_spec is None:
+        return []
+    container = primary_container(template)
+    variables = [] if container is None else container.env or []
+    mounts = [] if container is None else container.volume_mounts or []
+    return [
+        *(("environment variable", variable.name) for variable in variables),
+        *(("mount", mount.mount_path) for mount in mounts),
+        *(("volume", volume.name) for volume in template.pod_spec.volumes or []),
+    ]
 
 
 def _template_problems(template: PodTemplate) -> list[str]:

@@ -6,6 +6,7 @@ only here are our errors turned into Flyte's. flytekit imports this module by th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 from abc import abstractmethod
@@ -25,7 +26,16 @@ from flytekit.extend import IgnoreOutputs, TaskPlugins
 
 from kfpytorch_ray.backends import BACKEND_VARIABLE
 from kfpytorch_ray.checks import parse_nnodes
-from kfpytorch_ray.config import CleanPodPolicy, Elastic, Master, PyTorch, RestartPolicy, RunPolicy, Worker
+from kfpytorch_ray.config import (
+    BackendOptions,
+    CleanPodPolicy,
+    Elastic,
+    Master,
+    PyTorch,
+    RestartPolicy,
+    RunPolicy,
+    Worker,
+)
 from kfpytorch_ray.errors import (
     TORCH_IMPORT_ERROR_MESSAGE,
     KfpytorchRayError,
@@ -160,6 +170,21 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         config = dict(super().get_config(settings) or {})
         choice = self.job.choice
         return config if choice.is_default else {**config, CONFIG_KEY: choice.name}
+
+    def on_backend(self, backend: str | BackendOptions) -> _TorchTask[C]:
+        """A copy of this task on another backend; this one stays as it is.
+
+        Args:
+            backend: As in the config. For upstream's config classes only a name.
+        """
+        other = copy.copy(self)
+        if hasattr(self.task_config, "backend"):
+            other._task_config = dataclasses.replace(self.task_config, backend=backend)
+        else:
+            name = backend if isinstance(backend, str) else backend.name
+            other._own_environment = {**self._own_environment, BACKEND_VARIABLE: name}
+            other._task_config = copy.copy(self.task_config)
+        return other
 
     @abstractmethod
     def plan(self, call: Call) -> LaunchPlan:

@@ -124,6 +124,7 @@ def laid_over(base: Manifest, overlay: Mapping[str, Any]) -> Manifest:
     Containers are those of the base. One of the overlay counts where the base has its name, and is dropped elsewhere;
     likewise init containers.
     """
+    overlay = _whole_numbers(overlay)
     merged: Manifest = _merged(base, overlay)
     for kind in ("containers", "initContainers"):
         over = {container.get("name"): container for container in overlay.get(kind) or ()}
@@ -162,13 +163,22 @@ def _raw_pod(template: Mapping[str, Any], execution: FlyteExecution) -> BasePod:
     if "podSpec" not in template.get("k8sPod", {}):
         raise ConfigError("task template", ("it has neither a container nor a pod spec",))
     pod = template["k8sPod"]
-    spec = copy.deepcopy(pod["podSpec"])
+    spec = _whole_numbers(pod["podSpec"])
     name = template.get("config", {}).get("primary_container_name")
     primary = next((i for i, container in enumerate(spec["containers"]) if container["name"] == name), None)
     if primary is None:
         raise ConfigError("task template", (f"the pod has no primary container {name!r}",))
     beside = pod.get("metadata", {})
     return BasePod(spec, dict(beside.get("labels", {})), dict(beside.get("annotations", {})), primary)
+
+
+def _whole_numbers(value: Any) -> Any:
+    """A copy in which 8080.0, as a protobuf Struct has it, is 8080, as Go's JSON writes it."""
+    if isinstance(value, Mapping):
+        return {key: _whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _mount_shared_memory(pod: BasePod, wanted: Mapping[str, str]) -> None:

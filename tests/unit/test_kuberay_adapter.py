@@ -14,7 +14,16 @@ from flytekit.core.resources import ResourceSpec
 from flytekit.extras.accelerators import A100
 from flytekit.tools.translator import get_serializable_task
 from google.protobuf.json_format import MessageToDict, ParseDict
-from kubernetes.client import V1Container, V1PodSpec, V1ResourceRequirements, V1Toleration
+from kubernetes.client import (
+    V1Container,
+    V1EmptyDirVolumeSource,
+    V1EnvVar,
+    V1PodSpec,
+    V1ResourceRequirements,
+    V1Toleration,
+    V1Volume,
+    V1VolumeMount,
+)
 
 from kfpytorch_ray import (
     BackendUnavailableError,
@@ -233,6 +242,18 @@ WITH_RESOURCES = PodTemplate(
         containers=[V1Container(name="primary", resources=V1ResourceRequirements(limits={"nvidia.com/gpu": "1"}))]
     )
 )
+WITH_NAMES = PodTemplate(
+    pod_spec=V1PodSpec(
+        containers=[
+            V1Container(
+                name="primary",
+                env=[V1EnvVar(name="A", value="2")],
+                volume_mounts=[V1VolumeMount(name="data", mount_path="/data")],
+            )
+        ],
+        volumes=[V1Volume(name="data", empty_dir=V1EmptyDirVolumeSource())],
+    )
+)
 WITH_INIT = PodTemplate(
     pod_spec=V1PodSpec(init_containers=[V1Container(name="fetch")], containers=[V1Container(name="primary")])
 )
@@ -259,6 +280,13 @@ WITH_INIT = PodTemplate(
         (None, {"pod_template": SIDECAR_FIRST}, "'proxy' before the primary one"),
         (None, {"pod_template": WITH_RESOURCES}, "Ray would not learn"),
         (None, {"environment": {"FLYTE_FAIL_ON_ERROR": "1"}}, "FLYTE_FAIL_ON_ERROR"),
+        (None, {"requests": Resources(mem="4Gi"), "limits": Resources(mem="1Gi")}, "exceed limits mem='1Gi'"),
+        (None, {"environment": {"A": "1"}, "pod_template": WITH_NAMES}, "variable 'A' is in environment and"),
+        (
+            KubeRayBackend(worker_pod_template=WITH_NAMES),
+            {"environment": {"A": "1"}},
+            "environment and in worker_pod_template",
+        ),
     ],
 )
 def test_what_would_break_on_the_way_is_refused(
@@ -269,6 +297,17 @@ def test_what_would_break_on_the_way_is_refused(
         on_kuberay(Elastic(backend=backend), **arguments)
     (problem,) = caught.value.problems
     assert words in problem
+
+
+def test_names_that_would_be_in_a_pod_twice_are_all_listed() -> None:
+    """Flyte appends a group's lists to the task's, and the API server takes no name twice."""
+    with pytest.raises(ConfigError) as caught:
+        on_kuberay(Elastic(backend=KubeRayBackend(head_pod_template=WITH_NAMES)), pod_template=WITH_NAMES)
+    assert [problem.split(" is in ")[0] for problem in caught.value.problems] == [
+        "the environment variable 'A'",
+        "the mount '/data'",
+        "the volume 'data'",
+    ]
 
 
 def test_what_is_ignored_is_said_when_the_task_is_defined(caplog: pytest.LogCaptureFixture) -> None:
