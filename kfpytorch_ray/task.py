@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import os
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from flytekit import PythonFunctionTask
 from flytekit.configuration import SerializationSettings
 from flytekit.core.context_manager import FlyteContextManager
 from flytekit.core.pod_template import PodTemplate
-from flytekit.core.resources import convert_resources_to_resource_model
+from flytekit.core.resources import ResourceSpec, convert_resources_to_resource_model
 from flytekit.deck.deck import TimeLineDeck
 from flytekit.exceptions.base import FlyteException
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
@@ -54,7 +55,7 @@ from kfpytorch_ray.planning import (
     warn_of_unreservable,
 )
 from kfpytorch_ray.pod_template import copy_template, with_shared_memory
-from kfpytorch_ray.pods import ShapesPods, TaskArguments
+from kfpytorch_ray.pods import ShapesPods, TaskArguments, nothing_asked
 from kfpytorch_ray.preflight import Job, admit
 from kfpytorch_ray.results import ElasticWorkerResult
 from kfpytorch_ray.routing import ROUTE_VARIABLE, route_if_switched_on
@@ -76,6 +77,9 @@ __all__ = [
 
 CONFIG_KEY = "kfpytorch_ray.backend"
 """Key in a task template's ``config`` that names the backend where it is not the default."""
+
+RESOURCES_VARIABLE = "KFPYTORCH_RAY_RESOURCES"
+"""Resources of the project or of ``pyflyte run``, which the container of a ``ShapesPods`` backend would not know of."""
 
 C = TypeVar("C", Elastic, PyTorch)
 
@@ -209,7 +213,7 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
                 args=(),
                 kwargs=kwargs,
                 context=context,
-                resources=self.resources,
+                resources=self._registered_resources(),
                 environment=self.environment,
             )
         )
@@ -230,7 +234,16 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         if isinstance(adapter, ShapesPods):
             own = adapter.container_resources(self.task_config, self.arguments)
             container._resources = convert_resources_to_resource_model(own.requests, own.limits)
+            if self.resources != self._arguments.resources:
+                container._env = {**(container.env or {}), RESOURCES_VARIABLE: self.resources.to_json()}
         return container
+
+    def _registered_resources(self) -> ResourceSpec:
+        """The task's own resources, else those that it was registered with by default."""
+        recorded = os.environ.get(RESOURCES_VARIABLE)
+        if recorded and isinstance(self.job.adapter, ShapesPods) and self.resources == nothing_asked():
+            return ResourceSpec.from_json(recorded)
+        return self.resources
 
     def _own_pod_template(self) -> PodTemplate | None:
         template = self._arguments.pod_template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import OrderedDict
 from typing import Any
@@ -141,6 +142,22 @@ def test_a_worker_pod_holds_what_the_driver_will_ask_of_ray() -> None:
     assert node_resources(made.resources, workers=6).amounts == {"CPU": 6.0}
     # Without memory of theirs, workers must not get the submitting pod's: nobody names any.
     assert [entry.value for entry in registered(made).container.resources.limits] == ["500m"]
+
+
+def test_default_resources_of_the_registration_reach_pods_and_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The container reads the task's file again, where they are not; so they are recorded beside it."""
+    defaults = ResourceSpec(requests=Resources(gpu="2", mem="8Gi"), limits=Resources())
+    how = dataclasses.replace(SETTINGS, default_resources=defaults)
+    template = registered(on_kuberay(Elastic()), how)
+    job = ParseDict(MessageToDict(template.custom), ray_pb2.RayJob())
+    limits = {"cpu": "1", "memory": "8Gi", "nvidia.com/gpu": "2"}
+    assert container_of(job.ray_cluster.worker_group_spec[0].k8s_pod)["resources"]["limits"] == limits
+    assert {entry.value for entry in template.container.resources.limits} == {"500m", "1Gi"}
+    monkeypatch.setenv(*((entry := template.container.env[-1]).key, entry.value))
+    assert on_kuberay(Elastic())._registered_resources() == defaults
+    own = on_kuberay(Elastic(), requests=Resources(cpu="3"))
+    assert own._registered_resources() == own.resources
+    assert registered(own, how).container.env[-1].key == BACKEND_VARIABLE
 
 
 def test_limits_alone_are_requests_too() -> None:

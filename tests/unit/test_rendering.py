@@ -5,17 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import flytekitplugins.kfpytorch as upstream
 import pytest
-from flytekit import Resources, task
+from flytekit import Resources, map_task, task, workflow
+from flytekit.configuration import Image, ImageConfig, SerializationSettings
+from flytekit.tools.translator import get_serializable
 
 from kfpytorch_ray import ConfigError, Elastic, KubeRayBackend, PyTorch, Worker
 from kfpytorch_ray.backends import BACKEND_VARIABLE
-from kfpytorch_ray.rendering import render
+from kfpytorch_ray.cluster.kube.flyte_execution import FlyteExecution
+from kfpytorch_ray.cluster.kube.flyte_rayjob import ray_job
+from kfpytorch_ray.rendering import render, task_template
 from kfpytorch_ray.task import PytorchElasticFunctionTask
+
+IMAGE = Image(name="default", fqn="registry.example/train", tag="1")
+SETTINGS = SerializationSettings(
+    project="p", domain="d", version="v1", image_config=ImageConfig(default_image=IMAGE, images=[IMAGE])
+)
 
 
 def train(x: int) -> int:
@@ -109,3 +119,30 @@ print(sorted({"ray", "torch"} & set(sys.modules)))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_a_map_of_a_task_is_the_same_rayjob() -> None:
+    """flytekit's map task hands on what the task says; its empty arguments survive the shell."""
+    made: Any = task(task_config=Elastic(2, backend="kuberay"), requests=Resources(gpu="1"))(train)
+    template = task_template(map_task(made))
+    job = ray_job(template, FlyteExecution())
+    assert template["type"] == "ray"
+    assert " -- vars '' resolver " in job["spec"]["entrypoint"]
+    own = render(made).manifests[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == own["replicas"] == 2
+
+
+def test_a_nodes_overrides_reach_the_submitting_pod_only() -> None:
+    """As ``render`` says of every task on KubeRay: flytekit sends them beside the task's template."""
+    made: Any = task(task_config=Elastic(2, backend="kuberay"), requests=Resources(cpu="4", mem="8Gi"))(train)
+
+    @workflow
+    def flow() -> int:
+        result: int = made(x=1).with_overrides(requests=Resources(cpu="9"), limits=Resources(cpu="9"))
+        return result
+
+    (node,) = get_serializable(OrderedDict(), SETTINGS, flow).template.nodes
+    assert node.task_node.overrides.resources.requests[0].value == "9"
+    worker = render(made, settings=SETTINGS).manifests[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    (container,) = worker["template"]["spec"]["containers"]
+    assert container["resources"]["requests"] == {"cpu": "4", "memory": "8Gi"}
