@@ -9,19 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flytekit.core.context_manager import FlyteContextManager
 from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.adapters import flyte_ray, kuberay_findings
-from kfpytorch_ray.adapters.raycluster import RayAdapter, RayRequest
+from kfpytorch_ray.adapters.raycluster import RayAdapter
 from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfig
 from kfpytorch_ray.config import KubeRayBackend, RayBackend, RayRunOptions
 from kfpytorch_ray.errors import BackendUnavailableError, explain
 from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.pods import TaskArguments
 from kfpytorch_ray.results import ElasticResult
+
+if TYPE_CHECKING:
+    from kfpytorch_ray.cluster.request import RayRequest
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the entrypoint of a job, and nowhere else."""
@@ -99,6 +102,8 @@ def inside_options(options: KubeRayBackend) -> RayBackend:
     shared = {field.name: getattr(options, field.name) for field in fields(RayRunOptions)}
     if shared["working_dir"] is None:
         shared["working_dir"] = _fast_registered_code() or ""
+    # The RayJob has it, and Ray refuses two.
+    shared["runtime_env"] = None
     # KubeRay replaces a lost pod, so what no node holds now may be held soon.
     return RayBackend("auto", autoscaling=True, **shared)
 

@@ -129,12 +129,6 @@ def _start_param_problems(name: str, params: Any) -> list[str]:
 
 
 def _runtime_env_problems(runtime_env: Any) -> list[str]:
-    if runtime_env is None:
-        return []
-    if not isinstance(runtime_env, dict):
-        return [f"KubeRayBackend(runtime_env) must be a dict, not {runtime_env!r}"]
-    if "working_dir" in runtime_env:
-        return ["KubeRayBackend(runtime_env): the driver sends the working_dir; give KubeRayBackend(working_dir=)"]
     try:
         json.dumps(runtime_env)
     except (TypeError, ValueError) as error:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from kfpytorch_ray.backends import Findings, JobConfig
-from kfpytorch_ray.checks import is_elastic
-from kfpytorch_ray.config import RayBackend, RayRunOptions, RestartPolicy
+from kfpytorch_ray.checks import is_elastic, one_of
+from kfpytorch_ray.config import ON_INTERRUPT, RayBackend, RayRunOptions, RestartPolicy
 from kfpytorch_ray.pods import TaskArguments
+from kfpytorch_ray.storage import problem_of_uri
 
 _HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout", "last_call_timeout"})
 
 
 def find(config: JobConfig, options: RayBackend) -> Findings:
     """Fields of ``config`` that change nothing on Ray, and fields that would change results if they were ignored."""
-    problems = [*_amount_problems(options), *run_option_problems(options)]
+    problems = [*_amount_problems(options), *run_option_problems(options), *_remote_problems(options)]
     warnings = _run_policy_warnings(config.run_policy)
     if is_elastic(config):
         warnings += elastic_warnings(config)
@@ -70,7 +72,7 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
             ("silence_timeout_s", options.silence_timeout_s),
             ("hang_timeout_s", options.hang_timeout_s),
         )
-        if not (_is_amount(value) and value) and not (name == "hang_timeout_s" and value is None)
+        if not (_is_amount(value) and value) and not (name != "silence_timeout_s" and value is None)
     ]
     failures = options.max_node_failures
     if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
@@ -85,7 +87,62 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
         # A string is a sequence of strings, too: "HF_*" would carry everything by its last letter.
         if isinstance(value, str) or not all(isinstance(item, str) for item in value):
             problems.append(f"{backend}({name}) must be a tuple of strings, not {value!r}")
+    runtime_env = options.runtime_env
+    if runtime_env is not None and not isinstance(runtime_env, dict):
+        problems.append(f"{backend}(runtime_env) must be a dict, not {runtime_env!r}")
+    elif runtime_env is not None:
+        problems += [
+            f"{backend}(runtime_env): give {name!r} as {backend}({name}=...)"
+            for name in ("working_dir", "excludes")
+            if name in runtime_env
+        ]
     return problems
+
+
+def _remote_problems(options: RayBackend) -> list[str]:
+    """Of the options of a cluster that is elsewhere. No message repeats a header: it may hold a token."""
+    problems = []
+    address = options.address
+    if address is not None and "://" in address and not address.startswith(("http://", "https://")):
+        problems.append(
+            f"RayBackend(address={address!r}): a remote cluster is reached by its job API, 'http://HOST:8265' (Ray "
+            "Client, ray://, cannot drive a training); one that this machine belongs to by 'auto' or 'HOST:PORT'"
+        )
+    if address is not None and (urlsplit(address).username or urlsplit(address).password):
+        problems.append("RayBackend(address) has credentials in it, which would be shown: give them as headers")
+    if options.storage is not None and (problem := problem_of_uri(options.storage)):
+        problems.append(f"RayBackend(storage) {problem}")
+    if not (
+        isinstance(options.headers, dict)
+        and all(isinstance(text, str) for pair in options.headers.items() for text in pair)
+    ):
+        problems.append("RayBackend(headers) must be a dict of strings")
+    if not isinstance(options.verify, bool | str):
+        problems.append(f"RayBackend(verify) must be True, False or a path, not {options.verify!r}")
+    if options.on_interrupt not in ON_INTERRUPT:
+        problems.append(f"RayBackend(on_interrupt={options.on_interrupt!r}): expected {one_of(ON_INTERRUPT)}")
+    problems += [
+        f"RayBackend({name}) must be a number of seconds that is not negative"
+        for name in ("retention_s", "reconnect_timeout_s")
+        if not _is_amount(getattr(options, name))
+    ]
+    if options.lease_s is not None and not (_is_amount(options.lease_s) and options.lease_s):
+        problems.append("RayBackend(lease_s) must be a number of seconds greater than 0")
+    size = options.max_working_dir_bytes
+    if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+        problems.append("RayBackend(max_working_dir_bytes) must be a whole number of bytes greater than 0")
+    return problems
+
+
+def without_effect(options: RayBackend) -> list[str]:
+    """Options of a cluster that is elsewhere which were given although this process is the driver."""
+    plain = RayBackend()
+    return [
+        f"RayBackend({name}) has no effect: it is for a remote cluster (address='http://HOST:8265'), and this process "
+        "is the driver"
+        for name in ("storage", "headers", "verify", "on_interrupt", "lease_s", "retention_s", "reconnect_timeout_s")
+        if getattr(options, name) != getattr(plain, name)
+    ]
 
 
 def _is_amount(value: object) -> bool:

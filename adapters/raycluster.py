@@ -1,50 +1,41 @@
-"""The ray backend: a plan becomes agents on a Ray that this process can join, and a controller beside them.
+"""The ray backend: a plan becomes agents on a Ray, and a controller beside them.
 
-Lives in the driver, which is the task's own process. Under Flyte that is an ordinary pod, so the task is serialised as
-a plain Python task; which Ray it joins is kfpytorch_ray.cluster.connect's question.
+The task's own process is the driver, or where the address is that of a job API, the process that has a remote driver
+do it. Under Flyte that is an ordinary pod either way, so the task is serialised as a plain Python task; which Ray it
+joins is kfpytorch_ray.cluster.connect's question.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.adapters import ray_findings
 from kfpytorch_ray.adapters.job_message import job_message
 from kfpytorch_ray.backends import Findings, JobConfig, require_package
 from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.payload import dump_payload, import_root
 from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.pods import TaskArguments
+from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult
+from kfpytorch_ray.run import Run
+from kfpytorch_ray.runs import Manifest, new_run_id, run_folder, storage_of, whoami
 
 if TYPE_CHECKING:
-    from kfpytorch_ray.cluster.demand import Demand
-    from kfpytorch_ray.cluster.limits import Limits
-    from kfpytorch_ray.cluster.protocol import AgentSetup
+    from kfpytorch_ray.cluster.remote.handle import RemoteRun
+    from kfpytorch_ray.cluster.request import RayRequest
+
+logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'ray[default]'"
-
-
-@dataclass(frozen=True, slots=True)
-class RayRequest:
-    """What a launch asks of Ray.
-
-    Attributes:
-        setup: What every agent is given.
-        demand: The nodes.
-        limits: What bounds it.
-        payload: The pickled call.
-    """
-
-    setup: AgentSetup
-    demand: Demand
-    limits: Limits
-    payload: bytes
 
 
 class RayAdapter:
@@ -90,6 +81,8 @@ class RayAdapter:
         from kfpytorch_ray.cluster.environment import launch_environment
         from kfpytorch_ray.cluster.limits import Budgets, Limits
         from kfpytorch_ray.cluster.protocol import AgentSetup
+        from kfpytorch_ray.cluster.request import RayRequest
+        from kfpytorch_ray.cluster.runtime_env import working_dir_of
 
         options = self._options
         resources = plan.resources.amounts
@@ -104,7 +97,7 @@ class RayAdapter:
                 nproc_per_node=plan.nproc_per_node,
                 contract=plan.contract,
                 environment=launch_environment(os.environ, plan, options),
-                sys_path=_search_path(plan.function),
+                sys_path=_search_path(plan.function, working_dir_of(options)),
                 working_directory="",
                 preload=tuple(options.preload),
                 flyte=plan.flyte,
@@ -131,50 +124,114 @@ class RayAdapter:
         )
 
     def run(self, plan: LaunchPlan) -> ElasticResult:
-        """Run the plan on Ray.
+        """Run the plan on Ray: in this process as the driver, or on a remote cluster with this process looking on.
 
         Raises:
             BackendUnavailableError: Ray is not installed.
             PayloadError: The function or an input cannot be pickled.
+            ClusterError: The remote cluster cannot be used.
+            StorageError: The storage cannot be used.
             PlacementError: The nodes cannot be had.
             LaunchError: A rank or a node failed.
         """
         require_package("ray", "ray", INSTALL)
-        from kfpytorch_ray.cluster.connect import connected
-        from kfpytorch_ray.cluster.controller import Controller
+        if (address := self._remote_address()) is not None:
+            return self._submit(plan, address).follow()
+        for warning in ray_findings.without_effect(self._options):
+            logger.warning("%s", warning)
         from kfpytorch_ray.cluster.fetching import Fetcher
-        from kfpytorch_ray.cluster.membership import agents_on
-        from kfpytorch_ray.cluster.placement import reserved
+        from kfpytorch_ray.cluster.launching import run_request
 
-        request = self.build(plan)
-        demand = request.demand
-        with (
-            connected(self._options, demand.total(plan.max_nodes)) as private,
-            reserved(demand, private=private, autoscaling=self._options.autoscaling) as reservation,
-            agents_on(reservation, setup := _joined(request, private), request.payload, plan.min_nodes) as membership,
-        ):
-            controller = Controller(membership, setup, request.limits)
-            refs = controller.run()
-        return ElasticResult(tuple(range(len(refs))), Fetcher(refs), controller.rounds)
+        launched = run_request(self.build(plan), self._options)
+        return ElasticResult(tuple(range(len(launched.refs))), Fetcher(launched.refs), launched.rounds)
+
+    def start(self, plan: LaunchPlan) -> Run:
+        """Start the plan on a remote cluster and return at once.
+
+        Raises:
+            ConfigError: No remote cluster is named.
+            BackendUnavailableError: Ray is not installed.
+            PayloadError: The function or an input cannot be pickled.
+            ClusterError: The cluster cannot be used.
+            StorageError: The storage cannot be used.
+        """
+        require_package("ray", "ray", INSTALL)
+        address = self._remote_address()
+        if address is None:
+            raise ConfigError(
+                "launch",
+                (
+                    (
+                        "wait=False needs a cluster on which the run goes on without this process: "
+                        "RayBackend(address='http://HOST:8265', storage=...)"
+                    ),
+                ),
+            )
+        run = self._submit(plan, address)
+        run.keep_lease()
+        return run
+
+    def attach(self, manifest: Manifest) -> Run:
+        """Open a run on a remote cluster.
+
+        Raises:
+            BackendUnavailableError: Ray is not installed.
+            StorageError: The storage cannot be used.
+        """
+        require_package("ray", "ray", INSTALL)
+        from kfpytorch_ray.cluster.remote.handle import RemoteRun
+
+        folder = run_folder(storage_of(manifest.storage), manifest.run_id)
+        return RemoteRun(manifest, folder, self._options, self._options.address or manifest.address)
+
+    def _submit(self, plan: LaunchPlan, address: str) -> RemoteRun:
+        from kfpytorch_ray.cluster.remote.submission import look, submit
+
+        options = self._options
+        storage = storage_of(options.storage)
+        destination = look(options, address, storage)
+        run_id = new_run_id(plan.name)
+        request = self.build(relocated(plan, storage, run_id))
+        manifest = Manifest(
+            run_id=run_id,
+            name=plan.name,
+            backend=options.name,
+            storage=storage.uri,
+            address=address,
+            created_at=time.time(),
+            created_by=whoami(),
+            nodes=_nodes_of(plan),
+            nproc_per_node=plan.nproc_per_node,
+            retention_s=options.retention_s,
+            lease_s=options.lease_s,
+        )
+        return submit(request, manifest, options, destination)
+
+    def _remote_address(self) -> str | None:
+        """The job API's address where the launch goes to another cluster; None where this process is the driver.
+
+        A Ray that this process has joined comes before ``RAY_ADDRESS``, as for ``ray.init()``.
+        """
+        from kfpytorch_ray.cluster.connect import has_joined
+
+        address = self._options.address
+        if address is None and not has_joined():
+            address = os.environ.get("RAY_ADDRESS")
+        return address if address and address.startswith(("http://", "https://")) else None
 
 
-def _search_path(function: Callable[..., Any]) -> tuple[str, ...]:
+def _search_path(function: Callable[..., Any], working_dir: str) -> tuple[str, ...]:
+    """Where modules are found here, and for other machines where that is in the working directory that is sent."""
     root = import_root(function)
-    return tuple(dict.fromkeys(os.path.abspath(path) for path in (*sys.path, *([root] if root else []))))
+    here = list(dict.fromkeys(os.path.abspath(path) for path in (*sys.path, *([root] if root else []))))
+    if not working_dir:
+        return tuple(here)
+    # An environment within the project is of this machine.
+    mine = [path for path in here if not Path(path).is_relative_to(sys.prefix)]
+    sent = Path(working_dir).absolute()
+    return (*here, *(os.path.relpath(path, sent) for path in mine if Path(path).is_relative_to(sent)))
 
 
-def _joined(request: RayRequest, private: bool) -> AgentSetup:
-    """What follows from which Ray it is."""
-    from kfpytorch_ray.cluster.environment import one_thread_each
-    from kfpytorch_ray.cluster.placement import driver_address
-
-    setup = request.setup
-    # On a Ray of our own all nodes share this machine's cores.
-    workers = setup.nproc_per_node * (request.demand.max_nodes if private else 1)
-    return replace(
-        setup,
-        environment=one_thread_each(setup.environment, workers),
-        # Elsewhere it is the folder that Ray unpacked, or the node's own.
-        working_directory=os.getcwd() if private else "",
-        driver_address=driver_address(),
-    )
+def _nodes_of(plan: LaunchPlan) -> str:
+    """How many nodes a plan asks for, as in ``Elastic(nnodes=...)``."""
+    return str(plan.min_nodes) if plan.min_nodes == plan.max_nodes else f"{plan.min_nodes}:{plan.max_nodes}"

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RaySystemError
 
-from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE
+from kfpytorch_ray.cluster.runtime_env import runtime_env_of
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import ConfigError, PlacementError, explain
 
@@ -40,6 +40,11 @@ class _Embedded:
 
 _lock = threading.Lock()
 _embedded = _Embedded()
+
+
+def has_joined() -> bool:
+    """Whether this process has joined a Ray, or started one, so that a launch would use it."""
+    return bool(ray.is_initialized())
 
 
 @contextmanager
@@ -95,8 +100,8 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
             "RayBackend",
             (
                 (
-                    f"address={address!r}: a driver joins Ray by 'auto' or by HOST:PORT of the cluster's GCS. From "
-                    "outside the cluster, submit the script: ray job submit --working-dir . -- python FILE"
+                    f"address={address!r}: a driver joins Ray by 'auto' or by HOST:PORT of its GCS. A cluster "
+                    "that is elsewhere is reached by its job API: address='http://HOST:8265' and storage=..."
                 ),
             ),
         )
@@ -104,7 +109,7 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
         _start(demand)
         return True
     try:
-        ray.init(address=address, runtime_env=_runtime_env(options))
+        ray.init(address=address, runtime_env=runtime_env_of(options))
     except (ConnectionError, RaySystemError, ValueError) as error:
         raise PlacementError(
             explain(
@@ -169,19 +174,3 @@ def _refuse_other_address(address: str | None) -> None:
             "RayBackend",
             (f"address={address!r}, but this process has joined the Ray at {current}: call ray.shutdown() first",),
         )
-
-
-def _runtime_env(options: RayBackend) -> dict[str, Any]:
-    """The user's modules for the other nodes; none if the job brings them already (ray job submit --working-dir)."""
-    if "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
-        return {}
-    folder = os.getcwd() if options.working_dir is None else options.working_dir
-    # A home or root folder is nobody's project; in Flyte's images the home folder is.
-    if (
-        options.working_dir is None
-        and folder in ("/", os.path.expanduser("~"))
-        and not os.environ.get(REMOTE_EXECUTION_VARIABLE)
-    ):
-        logger.info("Nothing is sent to other nodes: %s is no project folder. See RayBackend(working_dir=).", folder)
-        return {}
-    return {"working_dir": folder, "excludes": list(options.excludes)} if folder else {}

@@ -32,9 +32,9 @@ def dump_parts(value: object) -> list[memoryview]:
 
 
 def load_parts(parts: Sequence[memoryview]) -> Any:
-    """Rebuild a value from its parts, which are copied."""
+    """Rebuild a value from its parts: those that may be written to become its memory, others are copied."""
     payload, *buffers = parts
-    return pickle.loads(payload, buffers=[bytearray(buffer) for buffer in buffers])
+    return pickle.loads(payload, buffers=[bytearray(buffer) if buffer.readonly else buffer for buffer in buffers])
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # its base differs by Python implementation
@@ -61,7 +61,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # its base differs b
         return super().reducer_override(obj)
 
 
-def _rebuild_untyped_storage(buffer: bytearray) -> torch.UntypedStorage:
+def _rebuild_untyped_storage(buffer: bytearray | memoryview) -> torch.UntypedStorage:
     return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
 
 

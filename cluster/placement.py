@@ -9,25 +9,27 @@ node of its own; on a Ray that this process started on its own machine they shar
 from __future__ import annotations
 
 import contextlib
-import logging
+import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from kfpytorch_ray.cluster.demand import Demand, Resources, bundle_of, fits, fitting, missing, shown
+from kfpytorch_ray.cluster.sharing import Launch, behind
+from kfpytorch_ray.cluster.survey import alive_nodes, available, groups, totals
 from kfpytorch_ray.errors import ConfigError, InfeasibleError, explain
-
-logger = logging.getLogger(__name__)
 
 RECONSIDER_S = 10.0
 """How long a request that is not placed stands before it is made again to fit the cluster as it is now."""
+SWAP_S = 5.0
+"""How long a range tries to have its fewest nodes one by one, after it has had them together, before it starts over."""
 
 _NODE_ID_LABEL = "ray.io/node-id"
 
@@ -69,18 +71,20 @@ class Reservation(Protocol):
         """An agent ended; ``gone`` if its node did, too, or is not to be used any more."""
 
     def waiting(self) -> str:
-        """How many nodes are placed, and what the others wait for."""
+        """How many nodes are placed, what the others wait for, and behind whom. One line."""
 
     def release(self) -> None:
         """Give everything back."""
 
 
 @contextmanager
-def reserved(demand: Demand, *, private: bool, autoscaling: bool) -> Iterator[Reservation]:
-    """Ask for the nodes of one launch, and give them back at the end.
+def reserved(demand: Demand, *, name: str, run_id: str, private: bool, autoscaling: bool) -> Iterator[Reservation]:
+    """Ask for the nodes of one launch, and give them back at the end; Ray does so when this process dies.
 
     Args:
         demand: What is asked.
+        name: Of the launch, for people.
+        run_id: Of the launch.
         private: Whether the Ray was started by this process, so that bundles may share the machine.
         autoscaling: Whether the cluster may grow to hold what it cannot hold now.
 
@@ -92,7 +96,8 @@ def reserved(demand: Demand, *, private: bool, autoscaling: bool) -> Iterator[Re
         _refuse_infeasible(demand, private=private)
     # On one machine a range is settled at once: nobody joins it.
     fixed = private or demand.min_nodes == demand.max_nodes
-    reservation: Reservation = _Gang(demand, private=private) if fixed else _Singles(demand)
+    requests = _Requests(Launch.new(name, run_id))
+    reservation: Reservation = _Gang(demand, requests, private=private) if fixed else _Singles(demand, requests)
     try:
         reservation.refresh(frozenset(), frozenset())
         yield reservation
@@ -105,22 +110,43 @@ def driver_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def alive_nodes() -> set[str]:
-    """Ids of the nodes that Ray knows to be alive."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+class _Requests:
+    """Asks Ray for the placement groups of one launch, by their names, and says what those that are not placed lack."""
 
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._numbers = itertools.count()
 
-def draining_nodes() -> dict[str, float]:
-    """Nodes that Ray is about to take away: their ids, and when (seconds since the epoch; infinite where unknown)."""
-    deadlines: dict[str, int] = ray._private.state.state.get_draining_nodes()
-    return {node: deadline / 1000 if deadline else float("inf") for node, deadline in deadlines.items()}
+    def ask(
+        self, bundles: list[dict[str, float]], strategy: str, labels: list[dict[str, str]] | None = None
+    ) -> PlacementGroup:
+        """Ask for a group."""
+        name = self._launch.group_name(next(self._numbers))
+        try:
+            group: PlacementGroup = placement_group(bundles, strategy, name, bundle_label_selector=labels)
+        except ValueError as error:
+            raise ConfigError("The resources of a node", (str(error),)) from error
+        return group
+
+    def lacking(self, bundles: list[dict[str, float]], used: AbstractSet[str], wanted: Sequence[Resources] = ()) -> str:
+        """What bundles lack that are not placed, and who has it.
+
+        Args:
+            bundles: What they are.
+            used: Nodes that the launch has already.
+            wanted: What a node has to have free; empty for one of the bundles.
+        """
+        free, all_nodes = available(but=used), totals()
+        others = behind(wanted or bundles, free, all_nodes, groups(), self._launch)
+        return f"{missing(bundles, free, all_nodes)} {others}".rstrip()
 
 
 class _Gang:
     """All nodes in one placement group: all or none."""
 
-    def __init__(self, demand: Demand, *, private: bool) -> None:
+    def __init__(self, demand: Demand, requests: _Requests, *, private: bool) -> None:
         self._demand = demand
+        self._requests = requests
         self._private = private
         self._group: PlacementGroup | None = None
         self._asked_at = 0.0
@@ -133,11 +159,11 @@ class _Gang:
         A silent node keeps its bundle until Ray gives it up, and an agent that is started there waits as long.
         """
         if not self._placed and (self._group is None or time.monotonic() - self._asked_at > RECONSIDER_S):
-            count = max(self._demand.min_nodes, fitting(self._demand, _available(), private=self._private))
+            count = max(self._demand.min_nodes, fitting(self._demand, available(), private=self._private))
             if self._group is None or self._group.bundle_count != count:
                 _release(self._group)
                 strategy = "PACK" if self._private else "STRICT_SPREAD"
-                self._group = _request(self._demand.bundles(count), strategy)
+                self._group = self._requests.ask(self._demand.bundles(count), strategy)
             self._asked_at = time.monotonic()
         assert self._group is not None
         entry = placement_group_table(self._group)
@@ -161,11 +187,14 @@ class _Gang:
     def waiting(self) -> str:
         """See ``Reservation``."""
         if self._group is None or not self._placed:
-            free = _available()
             count = self._group.bundle_count if self._group else self._demand.min_nodes
-            now = min(count, fitting(self._demand, free, private=self._private))
-            return f"0 of {count} nodes are placed: all are placed together, and {now} would fit now. " + missing(
-                self._demand.bundles(count)[now:] or self._demand.bundles(1), free, _totals()
+            now = min(count, fitting(self._demand, available(), private=self._private))
+            bundles = self._demand.bundles(count)[now:] or self._demand.bundles(1)
+            # Nodes that share a machine have to fit on it together.
+            wanted = [self._demand.total(count)] if self._private else ()
+            return (
+                f"0 of {count} nodes are placed: all are placed together, and {now} would fit now. "
+                f"{self._requests.lacking(bundles, frozenset(), wanted)}"
             )
         bundles = self._group.bundle_specs
         placed = f"{len(self._slots)} of {len(bundles)} nodes are placed."
@@ -173,7 +202,7 @@ class _Gang:
         if not lost:
             return placed
         used = {slot.node_id for slot in self._slots.values()}
-        return f"{placed} {missing(lost, _free_but(used), _totals())}"
+        return f"{placed} {self._requests.lacking(lost, used)}"
 
     def release(self) -> None:
         """Give everything back."""
@@ -200,20 +229,39 @@ class _Single:
 class _Singles:
     """A range of nodes on a cluster: each node is a placement group, which only nodes that are not in use may hold.
 
-    The first ones are had together, so that two launches that share a cluster do not each hold half of it for ever.
+    The first ones are had together, so that two launches that share a cluster do not each hold half of it for ever:
+    as a ticket, one group that is then swapped for single ones. Should somebody else take a node in that moment, so
+    that too few are had within a while, all are given back and the next ticket is waited for.
     """
 
-    def __init__(self, demand: Demand) -> None:
+    def __init__(self, demand: Demand, requests: _Requests) -> None:
         self._demand = demand
+        self._requests = requests
         self._bundle = bundle_of(demand.other)
-        self._ticket: _Gang | None = _Gang(demand, private=False) if demand.min_nodes > 1 else None
+        self._ticket = self._new_ticket()
         self._singles: dict[int, _Single] = {}
+        self._swapped_at = 0.0
+        self._enough = False
+
+    def _new_ticket(self) -> _Gang | None:
+        return _Gang(self._demand, self._requests, private=False) if self._demand.min_nodes > 1 else None
 
     def refresh(self, draining: AbstractSet[str], silent: AbstractSet[str]) -> None:
         """See ``Reservation``."""
         unusable = draining | silent
         if not self._singles and not self._begin(unusable):
             return
+        self._look(unusable)
+        placed = sum(single.node_id is not None for single in self._singles.values())
+        self._enough |= placed >= self._demand.min_nodes
+        late = time.monotonic() - self._swapped_at > SWAP_S
+        if not self._enough and late and self._ticket is not None:
+            self.release()
+            self._singles = {}
+            self._ticket = self._new_ticket()
+
+    def _look(self, unusable: AbstractSet[str]) -> None:
+        """See where the requests are placed, and make those again that have lost their node or ask for a wrong one."""
         table = placement_group_table()
         for index, single in self._singles.items():
             entry = table.get(single.group.id.hex(), {"state": "REMOVED"})
@@ -233,15 +281,14 @@ class _Singles:
     def _begin(self, unusable: AbstractSet[str]) -> bool:
         """Ask for all nodes, one request each; whether that was possible."""
         if self._ticket is None:
-            free = {node: has for node, has in _available().items() if node not in unusable}
-            there = [node for node, has in free.items() if fits(self._bundle, has)]
+            there = [node for node, has in available(but=unusable).items() if fits(self._bundle, has)]
         else:
             self._ticket.refresh(unusable, frozenset())
             there = [slot.node_id for slot in self._ticket.slots().values()]
             if not there:
                 return False
-            # Between this and the requests below somebody else may take a node; its request is then made again.
             self._ticket.release()
+        self._swapped_at = time.monotonic()
         there = there[: self._demand.max_nodes]
         for index in range(self._demand.max_nodes):
             self._ask(index, there[index] if index < len(there) else _avoiding(set(there) | unusable))
@@ -251,18 +298,18 @@ class _Singles:
         if (before := self._singles.get(index)) is not None:
             _release(before.group)
         labels = [{_NODE_ID_LABEL: selector}] if selector else None
-        group = _request([self._bundle], "PACK", labels)
+        group = self._requests.ask([self._bundle], "PACK", labels)
         self._singles[index] = _Single(group, selector, time.monotonic())
 
     def _in_use(self, *, but: int) -> set[str]:
         return {single.node_id for index, single in self._singles.items() if single.node_id and index != but}
 
     def slots(self) -> Mapping[int, Slot]:
-        """Those that are placed."""
+        """Those that are placed; none before the fewest are."""
         return {
             index: Slot(index, single.group, 0, self._bundle, single.node_id)
             for index, single in self._singles.items()
-            if single.node_id is not None
+            if self._enough and single.node_id is not None
         }
 
     def lost(self, index: int, *, gone: bool) -> None:
@@ -275,13 +322,14 @@ class _Singles:
         """See ``Reservation``."""
         if not self._singles and self._ticket is not None:
             return self._ticket.waiting()
-        placed = len(self.slots())
+        used = self._in_use(but=-1)
+        placed = len(used)
         wanted = f"{self._demand.min_nodes} to {self._demand.max_nodes}"
         text = f"{placed} of {wanted} nodes are placed."
         if placed >= self._demand.min_nodes:
             return text
         bundles = [self._bundle] * (self._demand.min_nodes - placed)
-        return f"{text} {missing(bundles, _free_but(self._in_use(but=-1)), _totals())}"
+        return f"{text} {self._requests.lacking(bundles, used)}"
 
     def release(self) -> None:
         """Give everything back."""
@@ -296,16 +344,6 @@ def _avoiding(nodes: AbstractSet[str]) -> str:
     return f"!in({','.join(sorted(nodes))})" if nodes else ""
 
 
-def _request(
-    bundles: list[dict[str, float]], strategy: str, labels: list[dict[str, str]] | None = None
-) -> PlacementGroup:
-    try:
-        group: PlacementGroup = placement_group(bundles, strategy=strategy, bundle_label_selector=labels)
-    except ValueError as error:
-        raise ConfigError("The resources of a node", (str(error),)) from error
-    return group
-
-
 def _release(group: PlacementGroup | None) -> None:
     # On a Ray that is gone there is nothing to give back, and the error that ended it is on its way.
     with contextlib.suppress(RayError):
@@ -314,13 +352,13 @@ def _release(group: PlacementGroup | None) -> None:
 
 
 def _refuse_infeasible(demand: Demand, *, private: bool) -> None:
-    totals = _totals()
-    if fitting(demand, totals, private=private) >= demand.min_nodes:
+    nodes = totals()
+    if fitting(demand, nodes, private=private) >= demand.min_nodes:
         return
     asked = f"{demand.min_nodes} nodes with {shown(demand.other)} each"
     if demand.first != demand.other:
         asked = f"a node with {shown(demand.first)} and {demand.min_nodes - 1} with {shown(demand.other)} each"
-    there = "; ".join(f"{shown(resources)}" for resources in totals.values())
+    there = "; ".join(f"{shown(resources)}" for resources in nodes.values())
     if private:
         fix = "Ask for less, set RayBackend(resources_per_node=...), or start Ray with more: ray.init(num_cpus=...)."
     else:
@@ -331,23 +369,7 @@ def _refuse_infeasible(demand: Demand, *, private: bool) -> None:
     raise InfeasibleError(
         explain(
             f"The cluster can never hold {asked}.",
-            f"It has {len(totals)} Ray node(s), in all: {there}.",
+            f"It has {len(nodes)} Ray node(s), in all: {there}.",
             fix,
         )
     )
-
-
-def _totals() -> dict[str, Resources]:
-    nodes: list[dict[str, Any]] = ray.nodes()
-    return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
-
-
-def _available() -> dict[str, Resources]:
-    """What is free on the nodes that take new work."""
-    draining = draining_nodes()
-    available: dict[str, Resources] = ray._private.state.available_resources_per_node()
-    return {node: has for node, has in available.items() if node not in draining}
-
-
-def _free_but(used: AbstractSet[str]) -> dict[str, Resources]:
-    return {node: has for node, has in _available().items() if node not in used}

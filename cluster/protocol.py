@@ -23,6 +23,7 @@ class AgentSetup:
         contract: The environment the workers find.
         environment: Variables laid over those of the node.
         sys_path: The driver's module search path; entries that exist on the node are appended to the worker's.
+            Relative ones are within the working directory that was sent, where the agent starts, and come first.
         working_directory: Where workers start; empty for where Ray starts the agent.
         preload: Modules that the fork server imports.
         flyte: The Flyte context of the workers.
@@ -102,7 +103,7 @@ class WorkerSpec:
 
     Attributes:
         environment: Its whole environment.
-        sys_path: Entries to append to the module search path.
+        sys_path: Entries for the module search path, as in ``AgentSetup``.
         working_directory: Where it starts; empty for where its agent is.
         payload: File with the pickled call.
         payload_sha256: Of that file, checked before it is unpickled.

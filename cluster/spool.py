@@ -65,10 +65,16 @@ def _write(path: Path, table: Sequence[tuple[int, int]], parts: Sequence[memoryv
             file.write(part)
 
 
-def map_spooled(path: Path) -> Spooled:
-    """Map a result file; the file may be removed at once, the memory lives as long as the array."""
+def map_spooled(path: Path, *, writable: bool = False) -> Spooled:
+    """Map a result file; the file may be removed at once, the memory lives as long as the array.
+
+    Args:
+        path: The file.
+        writable: Whether the memory may be written to, which does not change the file.
+    """
+    access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
     with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=access), dtype=np.uint8)
 
 
 def parts_of(spooled: Spooled) -> list[memoryview]:

@@ -14,7 +14,7 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from kfpytorch_ray.cluster.protocol import WorkerFailure, WorkerSpec
 from kfpytorch_ray.cluster.spool import spool
 from kfpytorch_ray.cluster.stacks import answer_with_stacks
 from kfpytorch_ray.errors import ResultError
-from kfpytorch_ray.flyte_outputs import upload_files
+from kfpytorch_ray.flyte_files import upload_files
 from kfpytorch_ray.payload import blame_result, load_payload
 from kfpytorch_ray.results import ElasticWorkerResult, Stage
 
@@ -49,7 +49,7 @@ def main(spec: WorkerSpec) -> None:
     os.environ.clear()
     os.environ.update(spec.environment)
     time.tzset()
-    sys.path.extend(path for path in spec.sys_path if path not in sys.path and os.path.isdir(path))
+    sys.path[:] = search_path(sys.path, spec.sys_path)
     if spec.working_directory:
         os.chdir(spec.working_directory)
     _reseed()
@@ -132,6 +132,19 @@ def _pickled(error: Exception) -> bytes | None:
     except Exception:  # noqa: BLE001 - any class of the user's may fail in any way; its text is kept
         return None
     return pickled
+
+
+def search_path(own: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Where a worker looks for modules.
+
+    Args:
+        own: Its search path as it started.
+        given: As in ``WorkerSpec``. What was sent comes first, in the order that it has where the function comes from:
+            else a module in another of its folders could be taken for the function's.
+    """
+    sent = [os.path.abspath(path) for path in given if not os.path.isabs(path)]
+    others = [path for path in given if os.path.isabs(path) and path not in own]
+    return [*filter(os.path.isdir, sent), *own, *filter(os.path.isdir, others)]
 
 
 def _separate_from_parent() -> None:

@@ -53,7 +53,7 @@ def _elastic_problems(config: Any) -> list[str]:
     if not _is_whole(config.nproc_per_node, 1):
         problems.append(f"nproc_per_node={config.nproc_per_node!r}: expected a number of workers >= 1")
     if config.start_method not in START_METHODS:
-        problems.append(f"start_method={config.start_method!r}: Bad start method, expected {_one_of(START_METHODS)}")
+        problems.append(f"start_method={config.start_method!r}: Bad start method, expected {one_of(START_METHODS)}")
     if not _is_whole(config.max_restarts, 0):
         problems.append(f"max_restarts={config.max_restarts!r}: expected a number of restarts >= 0")
     if not _is_number(config.monitor_interval) or not config.monitor_interval > 0:
@@ -112,5 +112,6 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _one_of(names: tuple[str, ...]) -> str:
+def one_of(names: tuple[str, ...]) -> str:
+    """The values that an argument may have, for a message."""
     return "one of " + ", ".join(repr(name) for name in names)

@@ -70,6 +70,16 @@ DEFAULT_WORKING_DIR_EXCLUDES = (
 """What is not sent to other nodes: version control, environments, caches, and Flyte's own code archives."""
 
 
+DEFAULT_MAX_WORKING_DIR_BYTES = 100 * 2**20
+"""A project's code is far smaller; the job API takes no more."""
+
+ON_INTERRUPT = ("ask", "stop", "detach")
+"""What an interruption may do to a remote run; the default first."""
+
+DEFAULT_RETENTION_S = 7 * 24 * 3600.0
+"""A week: long enough to look for a run after a holiday, short enough for a bucket."""
+
+
 class RestartPolicy(Enum):
     """When a replica is restarted."""
 
@@ -156,6 +166,8 @@ class RayRunOptions:
         working_dir: Folder that is sent to the cluster so that workers can import the user's modules. ``""``: send
             nothing. None: as the backend says.
         excludes: gitignore patterns that are left out of ``working_dir``.
+        runtime_env: Ray's runtime environment of the job: ``pip``, ``py_modules``, ``env_vars`` and the rest, in Ray's
+            words, but for ``working_dir`` and ``excludes``. Ray's dashboard shows it: secrets belong into ``env``.
         stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
         preload: Modules that the fork server imports before the first worker, besides torch and flytekit.
         max_node_failures: Lost agents and nodes after which the task fails, counted apart from ``max_restarts``.
@@ -180,6 +192,7 @@ class RayRunOptions:
     checkpoint_grace_s: float = 30.0
     grow_cooldown_s: float = 60.0
     hang_timeout_s: float | None = None
+    runtime_env: dict[str, Any] | None = None
 
 
 @dataclass
@@ -193,11 +206,27 @@ class RayBackend(RayRunOptions):
     Args:
         address: Which Ray. None: the one that is initialised, else ``RAY_ADDRESS``, else one started here.
             ``"local"``: one that this process started or starts now; ``"auto"`` or ``"HOST:PORT"`` (of the GCS): a
-            cluster that this machine belongs to.
+            cluster that this machine belongs to; ``"http://HOST:8265"`` or ``"https://..."`` (of the job API, Ray's
+            dashboard): a cluster that is elsewhere, where the launch is submitted as a Ray job. That needs ``storage``.
         resources_per_node: Ray resources of one node, for example ``{"CPU": 16, "GPU": 8, "memory": 2**36}``
             (memory in bytes; any custom resource). None: the task's requests and limits, else one CPU per worker.
         autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
             until the join timeout, instead of being refused at once.
+        max_working_dir_bytes: Largest ``working_dir`` that is sent to a remote cluster. More than 100 MiB Ray's job API
+            does not take.
+        storage: Folder that this machine and the cluster both reach, as an fsspec URI (``"s3://bucket/prefix"``, or a
+            local path on a disk that they share). The call travels there and the results come back by it. None: the
+            variable ``KFPYTORCH_RAY_STORAGE``. Whoever can write there can run code here and there. For a remote
+            address only, as all that follow.
+        headers: HTTP headers of every request to the job API. Ray's own token needs none: ``RAY_AUTH_TOKEN``, or the
+            file that ``RAY_AUTH_TOKEN_PATH`` names, is sent where ``RAY_AUTH_MODE=token``.
+        verify: Whether the server's TLS certificate is verified, or the file or folder of certificates to trust.
+        on_interrupt: What Ctrl-C and SIGTERM do to a remote run that this process waits for: ``"stop"`` stops it,
+            ``"detach"`` leaves it running, ``"ask"`` asks where there is a terminal and stops it elsewhere.
+        lease_s: Seconds without a sign of life of this process after which a remote run stops itself. None: it runs
+            on without this process, until somebody attaches to it again.
+        retention_s: Seconds after which ``kfpytorch-ray gc`` may remove what a run has left in ``storage``.
+        reconnect_timeout_s: Seconds for which a lost connection to the cluster is tried again before it is an error.
         **options: As in ``RayRunOptions``.
     """
 
@@ -206,6 +235,14 @@ class RayBackend(RayRunOptions):
     address: str | None = None
     resources_per_node: dict[str, float] | None = None
     autoscaling: bool = False
+    max_working_dir_bytes: int = DEFAULT_MAX_WORKING_DIR_BYTES
+    storage: str | None = None
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    verify: bool | str = True
+    on_interrupt: str = "ask"
+    lease_s: float | None = None
+    retention_s: float = DEFAULT_RETENTION_S
+    reconnect_timeout_s: float = 600.0
 
 
 @dataclass(kw_only=True)
@@ -225,7 +262,6 @@ class KubeRayBackend(RayRunOptions):
         head_start_params: Parameters of ``ray start`` on the head, without dashes.
         worker_start_params: Parameters of ``ray start`` on worker pods.
         idle_timeout_s: Seconds after which Ray's autoscaler gives an idle node of a range back. None: its default.
-        runtime_env: Ray's runtime environment of the job, without ``working_dir``.
         gpu_resource: What the cluster calls a GPU.
         **options: As in ``RayRunOptions``.
     """
@@ -239,7 +275,6 @@ class KubeRayBackend(RayRunOptions):
     head_start_params: dict[str, str] = field(default_factory=dict)
     worker_start_params: dict[str, str] = field(default_factory=dict)
     idle_timeout_s: int | None = None
-    runtime_env: dict[str, Any] | None = None
     gpu_resource: str = "nvidia.com/gpu"
 
 

@@ -2,17 +2,30 @@
 
     KfpytorchRayError
     ├── ConfigError (ValueError)            wrong arguments; every problem is listed at once
+    │   └── WorkingDirError                 the working directory cannot be sent to the cluster
     ├── BackendUnavailableError             the backend's name is unknown or its package is missing
     ├── PayloadError                        the function or an input cannot be pickled
     ├── PlacementError                      the nodes could not be had
     │   ├── InfeasibleError                 no node of the cluster can ever hold one
     │   └── PlacementTimeoutError           not within the join timeout              (retryable)
+    ├── ClusterError                        a remote cluster cannot be used
+    │   ├── ClusterUnreachableError         nobody answers there                     (retryable)
+    │   ├── AuthenticationError             it refuses who asks (401, 403)
+    │   └── VersionMismatchError            what runs here and there do not fit together
+    ├── StorageError (OSError)              the folder between here and a cluster cannot be used
+    │   └── IntegrityError                  a file there is not what was written
+    ├── RunError                            a remote run cannot give what is asked of it
+    │   ├── UnknownRunError                 there is none with this id
+    │   ├── ResultCollectedError            its result has been taken
+    │   ├── RunPendingError (TimeoutError)  it has not ended yet
+    │   └── RunStoppedError                 it was cancelled, or its lease ran out
     └── LaunchError                         the launch started and failed
         ├── WorkerFailedError               a rank raised, exited or was killed
         │   ├── RecoverableWorkerError      a rank raised FlyteRecoverableException  (retryable)
         │   └── WorkerHungError             no rank made progress for hang_timeout_s
         ├── ResultError                     a rank's return value cannot be pickled
         ├── NodeLostError                   an agent or its node died                (retryable)
+        ├── RunLostError                    a remote driver ended without a word     (retryable)
         ├── LaunchInterruptedError          SIGTERM or SIGINT reached the agent      (retryable)
         └── DeadlineExceededError           RunPolicy.active_deadline_seconds passed
 
@@ -51,7 +64,7 @@ class ConfigError(KfpytorchRayError, ValueError):
 
     Args:
         subject: What was being configured, for example ``"Elastic"``.
-        problems: One sentence for each wrong field.
+        problems: One sentence for each wrong field; further lines of it are shown below it.
     """
 
     def __init__(self, subject: str, problems: tuple[str, ...]) -> None:
@@ -60,9 +73,16 @@ class ConfigError(KfpytorchRayError, ValueError):
         self.problems = problems
 
     def __str__(self) -> str:
-        listed = "\n".join(f"  - {problem}" for problem in self.problems)
+        listed = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in self.problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         return f"{self.subject}: {count}\n{listed}"
+
+
+class WorkingDirError(ConfigError):
+    """The working directory cannot be sent to the cluster as it is; ``subject`` names it.
+
+    Each of ``problems`` says what, why and how to fix it.
+    """
 
 
 class BackendUnavailableError(KfpytorchRayError, ImportError):
@@ -85,6 +105,52 @@ class PlacementTimeoutError(PlacementError, TimeoutError):
     """The nodes were not free within the join timeout."""
 
     retryable: ClassVar[bool] = True
+
+
+class ClusterError(KfpytorchRayError, RuntimeError):
+    """A cluster that was to be reached by its job API cannot be used."""
+
+
+class ClusterUnreachableError(ClusterError, ConnectionError):
+    """Nobody answers at the address, or not as Ray's job API does."""
+
+    retryable: ClassVar[bool] = True
+
+
+class AuthenticationError(ClusterError, PermissionError):
+    """The cluster refuses the request: no token, a wrong one, or one that may not do this."""
+
+
+class VersionMismatchError(ClusterError):
+    """Python, a package or the protocol differs between here and the cluster so that values would not arrive."""
+
+
+class StorageError(KfpytorchRayError, OSError):
+    """The storage that a launch and its cluster share cannot be read or written."""
+
+
+class IntegrityError(StorageError):
+    """A file in the storage does not have the SHA-256 that was announced: it is torn, or somebody changed it."""
+
+
+class RunError(KfpytorchRayError, RuntimeError):
+    """A remote run cannot give what is asked of it."""
+
+
+class UnknownRunError(RunError, LookupError):
+    """The storage knows no run with this id."""
+
+
+class ResultCollectedError(RunError):
+    """The result has been taken, and was removed from the storage with that."""
+
+
+class RunPendingError(RunError, TimeoutError):
+    """The run has not ended within the time that was given."""
+
+
+class RunStoppedError(RunError):
+    """The run was cancelled, or stopped itself because its lease had run out."""
 
 
 class LaunchError(KfpytorchRayError, RuntimeError):
@@ -129,6 +195,12 @@ class ResultError(LaunchError):
 
 class NodeLostError(LaunchError):
     """An agent, or the node that it ran on, died."""
+
+    retryable: ClassVar[bool] = True
+
+
+class RunLostError(LaunchError):
+    """A remote run is over and has left no outcome: its driver was killed, or its cluster is gone."""
 
     retryable: ClassVar[bool] = True
 

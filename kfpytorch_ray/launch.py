@@ -1,4 +1,4 @@
-"""``launch()``: the way of an elastic task without a Flyte task, for notebooks and scripts.
+"""``launch()``: the way of an elastic task without a Flyte task, for notebooks, scripts and the command line.
 
 The same preflight, plan and adapter as a task; our errors are raised as they are.
 """
@@ -6,9 +6,10 @@ The same preflight, plan and adapter as a task; our errors are raised as they ar
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast, overload
 
+from flytekit import PythonFunctionTask
 from flytekit.core.base_task import Task
 
 from kfpytorch_ray.checks import is_elastic
@@ -17,12 +18,27 @@ from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.planning import Call, current_context, execution_name, plan_elastic
 from kfpytorch_ray.preflight import admit
 from kfpytorch_ray.results import ElasticResult
+from kfpytorch_ray.run import DetachedAdapter, Run
 
 LOCAL_EXECUTION = "local"
 """What flytekit calls the execution of a process that Flyte did not start."""
 
 
-def launch(fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None, **kwargs: Any) -> ElasticResult:
+@overload
+def launch(
+    fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = ..., wait: Literal[True] = ..., **kwargs: Any
+) -> ElasticResult: ...
+
+
+@overload
+def launch(
+    fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = ..., wait: Literal[False], **kwargs: Any
+) -> Run: ...
+
+
+def launch(
+    fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None, wait: bool = True, **kwargs: Any
+) -> ElasticResult | Run:
     """Call ``fn(*args, **kwargs)`` in every worker of a torch elastic job and wait for its end.
 
     Workers have ``flytekit.current_context().checkpoint`` as those of a task do, so that a round after a failure goes
@@ -33,28 +49,70 @@ def launch(fn: Callable[..., Any], /, *args: Any, elastic: Elastic | None = None
         fn: A plain function; for a Flyte task give its ``task_function``.
         *args: Its positional arguments.
         elastic: Nodes, workers, restarts and backend. None: ``Elastic()``, one worker.
-        **kwargs: Its keyword arguments. One that is called ``elastic`` must be given by position.
+        wait: False returns as soon as the run is submitted, for a backend whose runs go on without this process
+            (``RayBackend(address="http://...", storage=...)``).
+        **kwargs: Its keyword arguments. One that is called ``elastic`` or ``wait`` must be given by position.
 
     Returns:
-        The results by rank: ``result[0].return_value``, ``result.decks``, ``result.rounds``.
+        The results by rank: ``result[0].return_value``, ``result.decks``, ``result.rounds``. With ``wait=False`` the
+        run: ``run.status()``, ``run.logs(follow=True)``, ``run.cancel()``, ``run.result()``.
 
     Raises:
         ConfigError: The config cannot work; lists every problem.
         BackendUnavailableError: The backend is unknown or its package is missing.
         PayloadError: The function or an input cannot be pickled.
+        ClusterError: A remote cluster cannot be used.
+        StorageError: The storage between here and a remote cluster cannot be used.
         PlacementError: The nodes could not be had.
         LaunchError: The workers started and failed.
     """
-    config = Elastic() if elastic is None else elastic
+    return launch_function(fn, args, kwargs, Elastic() if elastic is None else elastic, wait=wait)
+
+
+def launch_function(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    config: Elastic,
+    *,
+    wait: bool = True,
+    task: PythonFunctionTask[Any] | None = None,
+) -> ElasticResult | Run:
+    """``launch()``, whose arguments no name of a keyword can meet.
+
+    Args:
+        fn: As in ``launch``.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        config: Nodes, workers, restarts and backend.
+        wait: As in ``launch``.
+        task: The Flyte task whose function ``fn`` is: the launch has its name, resources and environment.
+
+    Raises:
+        KfpytorchRayError: As ``launch``.
+    """
     if not is_elastic(config):
         raise ConfigError("launch", (f"elastic={config!r}: expected an Elastic(...)",))
-    job = admit(config, problems=_function_problems(fn))
+    environment = {} if task is None else dict(task.environment or {})
+    job = admit(config, environment, _function_problems(fn))
+    if not wait and not isinstance(job.adapter, DetachedAdapter):
+        raise ConfigError("launch", (f"wait=False: runs of the backend {job.choice.name!r} end with this process",))
     context = current_context()
-    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
     execution = execution_name(context)
     run_id = f"launch-{uuid.uuid4().hex[:8]}" if execution in (None, "", LOCAL_EXECUTION) else execution
-    call = Call(name, str(run_id), fn, args, kwargs, context, keeps_checkpoints=True)
-    return job.adapter.run(plan_elastic(config, call))
+    call = Call(
+        name=task.name if task is not None else getattr(fn, "__qualname__", None) or type(fn).__qualname__,
+        run_id=str(run_id),
+        function=fn,
+        args=args,
+        kwargs=kwargs,
+        context=context,
+        resources=None if task is None else task.resources,
+        environment=environment,
+        keeps_checkpoints=True,
+    )
+    plan = plan_elastic(config, call)
+    return job.adapter.run(plan) if wait else cast(DetachedAdapter, job.adapter).start(plan)
 
 
 def _function_problems(fn: Any) -> tuple[str, ...]:

@@ -145,6 +145,7 @@ class ElasticResult(Mapping[int, ElasticWorkerResult]):
             backend inside a PyTorchJob.
         fetch: Brings one rank's result. Called once per rank.
         rounds: What became of every rank, one record for each round; the last one succeeded.
+        run_id: Of a run on a cluster that is elsewhere; empty for others.
     """
 
     def __init__(
@@ -152,11 +153,13 @@ class ElasticResult(Mapping[int, ElasticWorkerResult]):
         ranks: tuple[int, ...],
         fetch: Callable[[int], ElasticWorkerResult],
         rounds: tuple[RoundRecord, ...] = (),
+        run_id: str = "",
     ) -> None:
         self._ranks = ranks
         self._fetch = fetch
         self._fetched: dict[int, ElasticWorkerResult] = {}
         self.rounds = rounds
+        self.run_id = run_id
 
     def __getitem__(self, rank: int) -> ElasticWorkerResult:
         if rank not in self._ranks:

@@ -1,8 +1,24 @@
-"""Options of the whole suite. pytest reads them from here only, whatever part of it is run."""
+"""Options of the whole suite, and what its tests with real processes share: a check that nothing of them stays.
+
+pytest reads the options from here only, whatever part of the suite is run.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+
 import pytest
+
+from kfpytorch_ray.testing import nothing_left, wait_until
+
+DEADLINE_S = 120.0
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -13,3 +29,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--renew-golden", action="store_true", help="write the rendered manifests instead of comparing them"
     )
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], object], str], None]:
+    """``wait_until`` for tests."""
+    return wait_until
+
+
+@pytest.fixture(scope="session")
+def temporary_folder() -> Iterator[str]:
+    """A folder for temporary files of these tests' own, so that they see their leftovers and nobody else's."""
+    folder = tempfile.mkdtemp(prefix="k", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", None)
+        yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def nothing_left_behind(temporary_folder: str) -> Iterator[None]:
+    """A test ends with the processes and files that were there before it. A folder of tests makes it every test's."""
+    with nothing_left(temporary_folder, DEADLINE_S):
+        yield
+
+
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """A folder with a path short enough for Ray's sockets."""
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

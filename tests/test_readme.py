@@ -1,6 +1,7 @@
 """The README's Python blocks are run as the files that a reader would make of them.
 
-A block after the comment ``needs Ray`` starts a Ray of its own; without the comment it has to do without.
+A block after the comment ``needs Ray`` starts a Ray of its own; without the comment it has to do without. Those that
+need a cluster elsewhere are run by tests/remote/test_readme.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BLOCK = re.compile(r"(?P<ray><!-- needs Ray -->\n+)?```python\n(?P<code>.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?P<ray><!-- needs Ray -->\n+)?(?<!runs -->\n)```python\n(?P<code>.*?)```", re.DOTALL)
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = [
     pytest.param(match["code"], bool(match["ray"]), id=f"line-{TEXT[: match.start('code')].count(chr(10)) + 1}")

@@ -25,6 +25,7 @@ from kfpytorch_ray.testing.faults import (
     slow_rank,
     stop_rank,
 )
+from kfpytorch_ray.testing.head import HeadCluster
 from kfpytorch_ray.testing.laptop import LaptopCluster
 from kfpytorch_ray.testing.leftovers import Leftovers, left_after, nothing_left
 from kfpytorch_ray.testing.network import NetworkCluster, unavailable
@@ -34,6 +35,7 @@ from kfpytorch_ray.testing.waiting import FaultError, meanwhile, wait_until
 
 __all__ = [
     "FaultError",
+    "HeadCluster",
     "LaptopCluster",
     "Leftovers",
     "NetworkCluster",

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,8 +19,8 @@ from typing import Any, final
 from kfpytorch_ray.errors import explain
 from kfpytorch_ray.testing.janitor import MARK_VARIABLE, end_cluster, janitor, remove_network
 from kfpytorch_ray.testing.laptop import ENVIRONMENT
-from kfpytorch_ray.testing.node import Node
-from kfpytorch_ray.testing.processes import command, in_network
+from kfpytorch_ray.testing.node import Node, raylet_among
+from kfpytorch_ray.testing.processes import in_network
 from kfpytorch_ray.testing.waiting import FaultError
 
 _GCS_PORT = 6379
@@ -140,10 +139,7 @@ class NetworkCluster:
         namespace = self._make_namespace(host)
         amounts = (f"--num-cpus={self._cpus_per_node}", f"--resources={json.dumps(self._resources)}")
         self._start_ray(host, f"--address={self.address}", *amounts)
-        raylets = {process: shown for process in in_network(namespace) if "/raylet " in (shown := command(process))}
-        ((raylet, shown),) = raylets.items()
-        (node_id,) = re.findall(r"--node_id=(\w+)", shown)
-        node = Node(node_id, self._address_of(host), raylet, namespace)
+        node = Node.of_raylet(raylet_among(in_network(namespace)), namespace)
         self._nodes.append(node)
         return node
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kfpytorch_ray.testing.processes import descendants, in_network, is_running, kill_all
+from kfpytorch_ray.testing.processes import command, descendants, in_network, is_running, kill_all
 from kfpytorch_ray.testing.running import agents_of, processes_of
 from kfpytorch_ray.testing.waiting import wait_until
 
@@ -25,6 +27,11 @@ class Node:
     address: str
     raylet: int
     network: str = ""
+
+    @classmethod
+    def of_raylet(cls, raylet: int, network: str = "") -> Node:
+        """The node whose raylet is a process that runs."""
+        return cls(raylet_option(raylet, "node_id"), raylet_option(raylet, "node_ip_address"), raylet, network)
 
     @property
     def alive(self) -> bool:
@@ -57,3 +64,16 @@ class Node:
         for agent in agents:
             for folder in agent.folders:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def raylet_among(processes: Iterable[int]) -> int:
+    """The one raylet that is among some processes. Those that it starts have its name in their arguments."""
+    (found,) = (process for process in processes if command(process).partition(" ")[0].endswith("/raylet"))
+    return found
+
+
+def raylet_option(raylet: int, name: str) -> str:
+    """The value of an option that a raylet was started with."""
+    found = re.search(rf"--{name}=(\S+)", command(raylet))
+    assert found, f"process {raylet} is no raylet that has --{name}"
+    return found[1]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from kfpytorch_ray.testing import HeadCluster
 
 BIN = Path(sys.executable).parent
 
@@ -98,71 +97,16 @@ def test_route_upstream_by_environment(project: Path, environment: dict[str, str
 
 
 @pytest.fixture
-def job_server(
-    environment: dict[str, str], short_folder: str, eventually: Callable[[Callable[[], object], str], None]
-) -> Iterator[str]:
+def job_server() -> Iterator[str]:
     """The job server of a cluster of two nodes."""
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        gcs, dashboard = one.getsockname()[1], other.getsockname()[1]
-    start = [str(BIN / "ray"), "start", "--disable-usage-stats"]
-    nodes = [
-        [
-            *start,
-            "--head",
-            f"--port={gcs}",
-            f"--dashboard-port={dashboard}",
-            "--num-cpus=4",
-            f"--temp-dir={short_folder}/h",
-        ],
-        [*start, f"--address=127.0.0.1:{gcs}", "--num-cpus=4"],
-    ]
-    processes = []
-    try:
-        for command in nodes:
-            processes.append(
-                subprocess.Popen(
-                    [*command, "--block"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-                )
-            )
-            eventually(lambda: answers(gcs) and answers(dashboard), "the head to answer")
-        eventually(lambda: nodes_of(f"127.0.0.1:{gcs}", environment) == 2, "two nodes")
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        for process in reversed(processes):
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.wait(60)
-        # Ray's dashboard leaves its own.
-        for folder in Path(tempfile.gettempdir()).glob("pymp-*"):
-            shutil.rmtree(folder)
+    variables = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    with HeadCluster(nodes=1, head_cpus=4, env=variables) as head:
+        yield head.address
 
 
-def answers(port: int) -> bool:
-    """Whether somebody listens."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def nodes_of(address: str, environment: dict[str, str]) -> int:
-    """How many nodes a cluster has."""
-    code = f"import ray; ray.init({address!r}, log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
-def test_submitted_job(
-    project: Path,
-    environment: dict[str, str],
-    job_server: str,
-    eventually: Callable[[Callable[[], object], str], None],
-) -> None:
+def test_submitted_job(project: Path, environment: dict[str, str], job_server: str) -> None:
     """``ray job submit -- python flow.py`` needs no option: modules travel to real nodes, a failure fails the job."""
     submit = [str(BIN / "ray"), "job", "submit", f"--address={job_server}", "--working-dir", str(project), "--"]
-    # The job server answers before it can start jobs.
-    eventually(lambda: run([*submit, "true"], project, environment).returncode == 0, "the first job")
-
     done = run([*submit, "python", "flow.py"], project, environment)
     assert "result: 6.5" in done.stdout
     assert done.returncode == 0

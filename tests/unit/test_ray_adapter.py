@@ -109,13 +109,18 @@ def test_the_environment_is_carried_and_laid_over(monkeypatch: pytest.MonkeyPatc
     assert "PATH" not in environment
 
 
-def test_the_search_path_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is relative here means nothing on a node; the order stays."""
+@pytest.mark.parametrize(("working_dir", "sent"), [(None, ["src", ".", "src/deep"]), ("src", [".", "deep"]), ("", [])])
+def test_the_search_path_is_absolute_but_for_what_is_sent(
+    working_dir: str | None, sent: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is relative here means nothing on a node; what lies in the working directory is where that is unpacked."""
+    (tmp_path / "src").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["", "src", "/elsewhere", *sys.path])
-    setup = RayAdapter(None).build(plan()).setup
-    assert setup.sys_path[:3] == (str(tmp_path), str(tmp_path / "src"), "/elsewhere")
-    assert all(os.path.isabs(path) for path in setup.sys_path)
+    monkeypatch.setattr(sys, "path", ["src", "", "src/deep", "/elsewhere", *sys.path])
+    setup = RayAdapter(RayBackend(working_dir=working_dir)).build(plan()).setup
+    here = (str(tmp_path / "src"), str(tmp_path), str(tmp_path / "src/deep"), "/elsewhere")
+    assert setup.sys_path[:4] == here
+    assert [path for path in setup.sys_path if not os.path.isabs(path)] == sent
 
 
 def test_building_changes_nothing_and_starts_nothing() -> None:

@@ -11,7 +11,7 @@ import pytest
 from flytekit import FlyteContextManager, FlyteDirectory, FlyteFile
 from flytekit.core.data_persistence import FileAccessProvider
 
-from kfpytorch_ray.flyte_outputs import upload_files
+from kfpytorch_ray.flyte_files import upload_files
 
 
 class Trained(NamedTuple):

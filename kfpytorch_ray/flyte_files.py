@@ -1,7 +1,8 @@
-"""Files that a function returns, where the process that hands them to Flyte runs on another machine.
+"""Files that a function takes or returns, where the process at the other end is on another machine.
 
-A ``FlyteFile`` or ``FlyteDirectory`` is a path until flytekit uploads it, which it does in the task's own process. On a
-cluster that is the driver, and rank 0's path means nothing there. So the worker uploads, to where flytekit would.
+A ``FlyteFile`` or ``FlyteDirectory`` is a path until flytekit uploads it, which it does in the task's own process. To a
+worker on a cluster a path of this machine means nothing, nor does rank 0's to the driver. So who has the file uploads
+it, to where flytekit would.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from flytekit.core.context_manager import FlyteContextManager
 
 
 def upload_files(value: Any) -> Any:
-    """Upload the local files and folders in a return value.
+    """Upload the local files and folders in a value.
 
     Looks into tuples (named ones too), lists and dicts.
 

@@ -1,0 +1,84 @@
+"""One launch on a Ray that this process joins: connect, reserve nodes, start agents, run rounds.
+
+What it needs is a RayRequest, which an adapter builds without a cluster, and which may have come from another machine:
+nothing here unpickles the call. Called by the adapter, and on a remote cluster by kfpytorch_ray.cluster.remote.driver.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kfpytorch_ray.cluster.connect import connected
+from kfpytorch_ray.cluster.controller import Controller
+from kfpytorch_ray.cluster.environment import one_thread_each
+from kfpytorch_ray.cluster.interruption import interruptible
+from kfpytorch_ray.cluster.membership import agents_on
+from kfpytorch_ray.cluster.placement import driver_address, reserved
+from kfpytorch_ray.cluster.protocol import AgentSetup
+from kfpytorch_ray.cluster.request import RayRequest
+from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.results import RoundRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A launch that succeeded.
+
+    Attributes:
+        refs: A reference to every rank's spooled result, by rank.
+        rounds: What became of every rank, one record for each round.
+    """
+
+    refs: Sequence[Any]
+    rounds: tuple[RoundRecord, ...]
+
+
+def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) -> Launched:
+    """Run a request to its end, and leave nothing running.
+
+    Args:
+        request: What is asked.
+        options: Which Ray, and how it is joined.
+        home: Whether this process is the one that the results are for, and the modules of the call are found by its
+            search path. Files that rank 0 returns are uploaded otherwise.
+
+    Raises:
+        ConfigError: The Ray cannot be joined by a driver, or does not take the amounts.
+        PlacementError: The nodes cannot be had.
+        LaunchError: A rank or a node failed.
+    """
+    demand, launch = request.demand, request.setup
+    with (
+        connected(options, demand.total(demand.max_nodes)) as private,
+        interruptible(),
+        reserved(
+            demand, name=launch.name, run_id=launch.run_id, private=private, autoscaling=options.autoscaling
+        ) as reservation,
+        agents_on(
+            reservation, setup := _joined(request, private, home), request.payload, demand.min_nodes
+        ) as membership,
+    ):
+        controller = Controller(membership, setup, request.limits)
+        refs = controller.run()
+    return Launched(refs, controller.rounds)
+
+
+def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:
+    """What follows from which Ray it is."""
+    setup = request.setup
+    # On a Ray of our own all nodes share this machine's cores.
+    workers = setup.nproc_per_node * (request.demand.max_nodes if private else 1)
+    joined = replace(
+        setup,
+        environment=one_thread_each(setup.environment, workers),
+        # Elsewhere it is the folder that Ray unpacked, or the node's own.
+        working_directory=os.getcwd() if private else "",
+    )
+    own = setup.sys_path if home else tuple(os.path.abspath(path) for path in sys.path)
+    sent = () if private else tuple(path for path in setup.sys_path if not os.path.isabs(path))
+    joined = replace(joined, sys_path=(*filter(os.path.isabs, own), *sent))
+    return replace(joined, driver_address=driver_address()) if home else joined

@@ -1,0 +1,223 @@
+"""Ray's job API over HTTP: Ray's own client, less what does not serve here.
+
+Ray's constructor lets RAY_ADDRESS override the address that it was given, its requests have no time-out, and what it
+raises does not say what to do. Where a connection breaks, ClusterUnreachableError says so, and whoever follows a run
+tries again. Tokens come from where Ray takes them (RAY_AUTH_MODE=token) or from headers; no message repeats them.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import math
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from ray.dashboard.modules.dashboard_sdk import SubmissionClient
+from ray.exceptions import AuthenticationError as RayAuthenticationError
+from ray.job_submission import JobDetails, JobSubmissionClient
+
+from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.errors import AuthenticationError, ClusterError, ClusterUnreachableError, ConfigError, explain
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0
+"""The job server answers a submission only when an agent has taken it, which it waits for up to 30 s."""
+
+_LOOK_S = 0.25
+
+_GCS_PORT = 6379
+_RAY_CLIENT_PORT = 10001
+
+
+class JobClient(JobSubmissionClient):
+    """Ray's client of a cluster's job API.
+
+    Args:
+        address: ``http://HOST:PORT`` or ``https://HOST:PORT``.
+        headers: Sent with every request.
+        verify: Whether the server's certificate is verified, or the file or folder of certificates to trust.
+
+    Raises:
+        ConfigError: The certificates are not there.
+        AuthenticationError: There is no token although one is to be sent.
+    """
+
+    def __init__(self, address: str, headers: Mapping[str, str] = {}, verify: bool | str = True) -> None:
+        try:
+            # Past JobSubmissionClient's own constructor, which reads RAY_ADDRESS and asks the cluster three times.
+            SubmissionClient.__init__(self, address=address, headers=dict(headers), verify=verify)
+        except (FileNotFoundError, ssl.SSLError) as error:
+            raise ConfigError("RayBackend", (f"verify={verify!r}: {error}",)) from error
+        except (RayAuthenticationError, RuntimeError) as error:
+            raise _no_token(address, error) from error
+        import ray
+
+        self._client_ray_version = ray.__version__
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return str(self._address)
+
+    @property
+    def websocket(self) -> dict[str, Any]:
+        """How aiohttp's ``ws_connect`` reaches the same server."""
+        return {"headers": self._headers, "ssl": True if self._ssl_context is None else self._ssl_context}
+
+    def version(self) -> dict[str, Any]:
+        """What the cluster says of itself: ``ray_version``, ``session_name`` and more.
+
+        Raises:
+            ClusterUnreachableError: Nobody answers, or not as a Ray does.
+            AuthenticationError: It refuses.
+        """
+        answer = self._do_request("GET", "/api/version")
+        try:
+            version: dict[str, Any] = answer.json()
+            version["ray_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreachable(
+                self.address, f"It answers with status {answer.status_code}, but not as Ray's job API does."
+            ) from error
+        return version
+
+    def job(self, submission_id: str) -> JobDetails | None:
+        """What the cluster knows of a job; None if it knows none of this name.
+
+        Raises:
+            ClusterUnreachableError: Nobody answers.
+            AuthenticationError: It refuses.
+        """
+        answer = self._do_request("GET", f"/api/jobs/{submission_id}")
+        if answer.status_code == requests.codes.not_found:
+            return None
+        if answer.status_code != requests.codes.ok:
+            self._raise_error(answer)
+        return JobDetails(**answer.json())
+
+    def wait_until_over(self, submission_id: str, timeout_s: float | None = None) -> JobDetails:
+        """Wait until a job will not run any more.
+
+        Raises:
+            TimeoutError: It has not ended within ``timeout_s``.
+            ClusterError: The cluster cannot be reached, or does not know it.
+        """
+        pause = threading.Event()
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not (job := self.get_job_info(submission_id)).status.is_terminal():
+            if time.monotonic() > deadline:
+                msg = f"The job {submission_id} is {job.status.value} after {timeout_s:g} s: {job.message}"
+                raise TimeoutError(msg)
+            pause.wait(_LOOK_S)
+        return job
+
+    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+        """One request.
+
+        Raises:
+            ClusterUnreachableError: The connection failed, or the server did.
+            AuthenticationError: The server refuses.
+        """
+        kwargs.setdefault("timeout", (CONNECT_TIMEOUT_S, READ_TIMEOUT_S))
+        try:
+            answer = super()._do_request(method, endpoint, **kwargs)
+        except RayAuthenticationError as error:
+            raise _refused(self.address, 401) from error
+        except requests.exceptions.RequestException as error:
+            raise _unreachable(self.address, _reason(error)) from error
+        if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
+            raise _refused(self.address, answer.status_code)
+        if answer.status_code in (
+            requests.codes.bad_gateway,
+            requests.codes.unavailable,
+            requests.codes.gateway_timeout,
+        ):
+            raise _unreachable(self.address, f"A proxy answers with status {answer.status_code}.")
+        return answer
+
+    def _raise_error(self, answer: requests.Response) -> None:
+        raise ClusterError(
+            explain(
+                f"The cluster at {self.address} did not do what it was asked (status {answer.status_code}).",
+                answer.text.strip().splitlines()[-1] if answer.text.strip() else "It says nothing about it.",
+                "Look into the dashboard's logs on the head (dashboard.log, runtime_env_agent.log).",
+            )
+        )
+
+
+def client_of(options: RayBackend, address: str) -> JobClient:
+    """The client that the options ask for."""
+    return JobClient(address, options.headers, options.verify)
+
+
+def _reason(error: requests.exceptions.RequestException) -> str:
+    """What a connection failed of, without the library's names around it."""
+    match error:
+        case requests.exceptions.SSLError() if "wrong version number" in str(error).lower():
+            return "It does not speak TLS: https:// was asked where http:// is served."
+        case requests.exceptions.SSLError():
+            return f"Its certificate was not accepted: {_innermost(error)}"
+        case requests.exceptions.ConnectTimeout() | requests.exceptions.ReadTimeout():
+            return "It did not answer in time."
+        case _:
+            cause = _innermost(error)
+            if isinstance(cause, http.client.BadStatusLine) and not isinstance(cause, ConnectionError):
+                return "It does not speak HTTP: this is another port of Ray's, such as that of its GCS (6379)."
+            if isinstance(cause, ConnectionResetError):
+                return "It closed the connection at once: where https:// is served, http:// is answered like this."
+            return str(cause) or type(cause).__name__
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What was wrapped in the errors of two libraries."""
+    reason = getattr(error, "reason", None)
+    inner = reason if isinstance(reason, BaseException) else error.args[-1] if error.args else None
+    return _innermost(inner) if isinstance(inner, BaseException) else error
+
+
+def _unreachable(address: str, why: str) -> ClusterUnreachableError:
+    port = urlsplit(address).port
+    if port == _GCS_PORT:
+        fix = (
+            f"{_GCS_PORT} is the port of Ray's GCS, which drivers inside the cluster join: the job API is the "
+            "dashboard's, most often on port 8265."
+        )
+    elif port == _RAY_CLIENT_PORT:
+        fix = f"{_RAY_CLIENT_PORT} is the port of Ray Client: the job API is the dashboard's, most often on port 8265."
+    else:
+        fix = (
+            "Check the address (the dashboard's, most often port 8265; http:// or https:// as it is served), that the "
+            "head runs with ray[default] installed, and that a tunnel or port-forward to it stands. For a certificate "
+            "of your own: RayBackend(verify='/path/to/ca.pem')."
+        )
+    return ClusterUnreachableError(explain(f"The Ray cluster at {address} cannot be reached.", why, fix))
+
+
+def _refused(address: str, status: int) -> AuthenticationError:
+    what = "does not know who asks (401)" if status == requests.codes.unauthorized else "refuses this (403)"
+    return AuthenticationError(
+        explain(
+            f"The Ray cluster at {address} {what}.",
+            "No token was sent, or not the cluster's.",
+            "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH for a file with it; behind a proxy of "
+            "your own give what it asks for: RayBackend(headers={'Authorization': ...}).",
+        )
+    )
+
+
+def _no_token(address: str, error: Exception) -> AuthenticationError:
+    return AuthenticationError(
+        explain(
+            f"The Ray cluster at {address} was not asked.",
+            f"A token is to be sent (RAY_AUTH_MODE=token), and none was found: {type(error).__name__}.",
+            "Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH for a file with it.",
+        )
+    )

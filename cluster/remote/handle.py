@@ -1,0 +1,303 @@
+"""A remote run, seen from where it was launched or from anywhere else: its folder in the storage, and its Ray job.
+
+What the storage says counts: it outlives the cluster. The job is asked only while there is no outcome yet, and a
+connection that breaks meanwhile is tried again for ``reconnect_timeout_s``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from functools import cached_property
+
+from kfpytorch_ray.cluster.interruption import interruptible, wants_to_stop
+from kfpytorch_ray.cluster.remote.client import JobClient, client_of
+from kfpytorch_ray.cluster.remote.lease import LeaseKeeper
+from kfpytorch_ray.cluster.remote.outcome import Downloads, read_record
+from kfpytorch_ray.cluster.remote.tail import LogTail
+from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.errors import (
+    ClusterError,
+    ClusterUnreachableError,
+    KfpytorchRayError,
+    ResultCollectedError,
+    RunLostError,
+    RunPendingError,
+    RunStoppedError,
+    StorageError,
+    explain,
+)
+from kfpytorch_ray.notices import tell
+from kfpytorch_ray.results import ElasticResult
+from kfpytorch_ray.run import RunStatus
+from kfpytorch_ray.runs import DRIVER_LOG, Manifest, Outcome, collect, collected, discard, read_outcome
+from kfpytorch_ray.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+"""How often it is asked whether a run is over."""
+_STOP_WAIT_S = 120.0
+_SUBMITTING_S = 120.0
+"""How long a manifest may be there before its job is."""
+_TAIL_LINES = 20
+
+_RANK = re.compile(r"\[rank (\d+)\] ")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+_STATUS = {
+    "PENDING": RunStatus.PENDING,  # its runtime environment is being made
+    "RUNNING": RunStatus.RUNNING,
+    "STOPPED": RunStatus.STOPPED,  # by a stop of the job
+    "SUCCEEDED": RunStatus.LOST,  # without an outcome, which its driver writes before it ends
+    "FAILED": RunStatus.LOST,  # the same: killed, or it could not write to the storage
+}
+"""What the status of a job says of a run that has left no outcome."""
+
+
+class RemoteRun:
+    """One run. See ``kfpytorch_ray.run.Run`` for what its methods promise.
+
+    Args:
+        manifest: What it is.
+        folder: Its folder in the storage.
+        options: How its cluster is reached.
+        address: Of the cluster's job API.
+    """
+
+    def __init__(self, manifest: Manifest, folder: Storage, options: RayBackend, address: str) -> None:
+        self.run_id = manifest.run_id
+        self._manifest = manifest
+        self._folder = folder
+        self._options = options
+        self._address = address
+
+    def __repr__(self) -> str:
+        return f"RemoteRun({self.run_id!r})"
+
+    @cached_property
+    def _client(self) -> JobClient:
+        return client_of(self._options, self._address)
+
+    def keep_lease(self) -> None:
+        """Keep the run's lease as long as this process lives, or until the run has ended."""
+        keeper = LeaseKeeper(self._folder, self._manifest.lease_s)
+        keeper.start()
+        weakref.finalize(self, keeper.stop)
+
+    def status(self) -> RunStatus:
+        """Where it stands now."""
+        outcome = read_outcome(self._folder)
+        return RunStatus(outcome.state) if outcome else self._status_of_job()
+
+    def _status_of_job(self) -> RunStatus:
+        job = self._client.job(self.run_id)
+        if job is None:
+            fresh = time.time() - self._manifest.created_at < _SUBMITTING_S
+            return RunStatus.PENDING if fresh else RunStatus.LOST
+        status = _STATUS[job.status.value]
+        if status.ended and (outcome := read_outcome(self._folder)) is not None:
+            # Written since it was looked for.
+            return RunStatus(outcome.state)
+        return status
+
+    def logs(self, *, follow: bool = False, rank: int | None = None) -> Iterator[str]:
+        """The lines of its driver and ranks."""
+        texts = self._growing_log() if follow else iter([self._whole_log()])
+        for line in _lines(texts):
+            if rank is None or _rank_of(line) == rank:
+                yield line
+
+    def _whole_log(self) -> str:
+        kept = self._folder.read(DRIVER_LOG)
+        if kept is not None:
+            return kept.decode(errors="replace")
+        text = self._client.get_job_logs(self.run_id) if self._client.job(self.run_id) else ""
+        return str(text)
+
+    def _growing_log(self) -> Iterator[str]:
+        if read_outcome(self._folder) is not None:
+            yield self._whole_log()
+            return
+        with LeaseKeeper(self._folder, self._manifest.lease_s), LogTail(self._client, self.run_id) as tail:
+            for _ in self._looks(None):
+                yield tail.next(_LOOK_S)
+            tail.stop()
+            yield tail.next(0.0)
+            with contextlib.suppress(ClusterUnreachableError):
+                yield self._whole_log()[tail.delivered :]
+
+    def cancel(self) -> RunStatus:
+        """Stop it and wait until it is stopped."""
+        if (status := self.status()).ended:
+            return status
+        self._client.stop_job(self.run_id)
+        timeout_s = self._options.stop_grace_s + _STOP_WAIT_S
+        try:
+            self._client.wait_until_over(self.run_id, timeout_s)
+        except TimeoutError as error:
+            raise ClusterError(
+                explain(
+                    f"The run {self.run_id} was told to stop and still runs.",
+                    str(error),
+                    f"Look at its job in Ray's dashboard ({self._address}), and stop it there.",
+                )
+            ) from error
+        discard(self._folder)
+        return self.status()
+
+    def result(self, timeout: float | None = None, *, keep: bool = False) -> ElasticResult:
+        """Wait for its end and take what it has left."""
+        pause = threading.Event()
+        with LeaseKeeper(self._folder, self._manifest.lease_s):
+            for _ in self._looks(timeout):
+                pause.wait(_LOOK_S)
+        if (who := collected(self._folder)) is not None:
+            raise ResultCollectedError(
+                explain(
+                    f"The result of the run {self.run_id} has been collected already.",
+                    f"{who}, and it was removed from the storage with that.",
+                    "Launch again; to take a result more than once, take it with result(keep=True).",
+                )
+            )
+        outcome = read_outcome(self._folder)
+        if outcome is None:
+            raise self._without_outcome()
+        return self._take(outcome, keep)
+
+    def _take(self, outcome: Outcome, keep: bool) -> ElasticResult:
+        if outcome.state == RunStatus.STOPPED.value:
+            raise RunStoppedError(outcome.message)
+        record = read_record(self._folder, outcome)
+        if record.error is not None:
+            if not keep:
+                _collect(self._folder)
+            raise record.error
+        ranks = tuple(range(len(outcome.results)))
+        result = ElasticResult(ranks, Downloads(self._folder, outcome), record.rounds, self.run_id)
+        if not keep:
+            weakref.finalize(result, _collect, self._folder)
+        return result
+
+    def follow(self) -> ElasticResult:
+        """Pass on its log while it runs, and take its result; what an interruption does, its options say."""
+        try:
+            with interruptible():
+                for line in self.logs(follow=True):
+                    sys.stdout.write(f"{line}\n")
+                    sys.stdout.flush()
+        except (KeyboardInterrupt, SystemExit):
+            self._interrupted()
+            raise
+        return self.result()
+
+    def _interrupted(self) -> None:
+        if not wants_to_stop(self._options.on_interrupt, self.run_id):
+            tell(
+                f"the run {self.run_id} goes on. Follow it: {self.command('logs -f')}; take its result: "
+                f"{self.command('result')}"
+            )
+            return
+        tell(f"stopping the run {self.run_id} ...")
+        try:
+            status = self.cancel()
+        except KfpytorchRayError as error:
+            tell(f"the run {self.run_id} may still be at work: {error}")
+        else:
+            tell(f"the run {self.run_id} is {status.value}.")
+
+    def command(self, verb: str) -> str:
+        """The command line that does something with this run."""
+        return f"kfpytorch-ray {verb} {self.run_id} --storage {self._manifest.storage}"
+
+    def _looks(self, timeout: float | None) -> Iterator[None]:
+        """Once for every time that the run has not ended yet; the caller waits in between.
+
+        Raises:
+            RunPendingError: It has not ended within the timeout.
+            ClusterUnreachableError: The cluster has not answered for ``reconnect_timeout_s``.
+        """
+        began = heard_at = time.monotonic()
+        told = False
+        while True:
+            try:
+                if self.status().ended:
+                    return
+            except (ClusterUnreachableError, StorageError) as error:
+                if time.monotonic() - heard_at > self._options.reconnect_timeout_s:
+                    raise self._unreachable(error) from error
+                if not told:
+                    told = True
+                    tell(f"{str(error).splitlines()[0]} Trying again.")
+            else:
+                heard_at = time.monotonic()
+                if told:
+                    told = False
+                    tell(f"the run {self.run_id} can be reached again.")
+            if timeout is not None and time.monotonic() - began >= timeout:
+                raise RunPendingError(
+                    explain(
+                        f"The run {self.run_id} has not ended within {timeout:g} s.",
+                        "It waits for nodes, or trains.",
+                        f"Ask again later, or see what it does: {self.command('logs -f')}",
+                    )
+                )
+            yield
+
+    def _unreachable(self, error: ClusterUnreachableError | StorageError) -> ClusterUnreachableError:
+        what = f"The run {self.run_id} cannot be followed any more, and has left no outcome."
+        why = f"{str(error).splitlines()[1].removeprefix('Why: ')} So for {self._options.reconnect_timeout_s:g} s"
+        return ClusterUnreachableError(
+            explain(
+                what,
+                f"{why} (RayBackend(reconnect_timeout_s=...)).",
+                f"If the cluster still runs, take the result when it can be reached: {self.command('result')}",
+            )
+        )
+
+    def _without_outcome(self) -> KfpytorchRayError:
+        """The error for a run that is over and has not said how."""
+        message, last_lines = "Its cluster does not know it any more", ""
+        with contextlib.suppress(ClusterUnreachableError):
+            job = self._client.job(self.run_id)
+            if job is not None:
+                if job.status.value == "STOPPED":
+                    return RunStoppedError(
+                        explain(f"The run {self.run_id} was stopped.", "Its Ray job was stopped.", "Launch it again.")
+                    )
+                message = f"Its Ray job is {job.status.value}: {(job.message or '').splitlines()[0]}"
+                last_lines = "\n".join(self._whole_log().splitlines()[-_TAIL_LINES:])
+        text = explain(
+            f"The run {self.run_id} is over and has left no outcome.",
+            f"{message.rstrip('.')}. Its driver was killed, could not start, or could not write to {self._folder.uri}.",
+            "Look into the last lines of its log, and at the head's memory; then launch it again.",
+        )
+        return RunLostError(f"{text}\n\nLast lines of its log:\n{last_lines}" if last_lines else text, time.time())
+
+
+def _collect(folder: Storage) -> None:
+    """Remove what was taken; runs at the end of the process, too, and must not spoil that."""
+    try:
+        collect(folder)
+    except KfpytorchRayError as error:
+        logger.warning("What the run has left in %s could not be removed: %s", folder.uri, error)
+
+
+def _lines(texts: Iterator[str]) -> Iterator[str]:
+    rest = ""
+    for text in texts:
+        *lines, rest = (rest + text).split("\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _rank_of(line: str) -> int | None:
+    found = _RANK.search(_COLOURS.sub("", line))
+    return int(found[1]) if found else None

@@ -1,0 +1,137 @@
+"""How a remote run ends, in its storage: written by its driver on the cluster, read by whoever takes the result.
+
+Results stay spooled as they were in the object store: streamed there and back, and mapped here, so that neither side
+holds one twice. The records and the error are one pickle of our own classes; the user's exception within is bytes
+until its hash was checked.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from kfpytorch_ray.cluster.causes import failures, root_cause
+from kfpytorch_ray.cluster.failures import rebuilt_exception
+from kfpytorch_ray.cluster.fetching import rebuilt_result
+from kfpytorch_ray.cluster.launching import Launched
+from kfpytorch_ray.cluster.spool import map_spooled
+from kfpytorch_ray.errors import KfpytorchRayError, LaunchError, ResultError, RunStoppedError, WorkerFailedError
+from kfpytorch_ray.results import ElasticWorkerResult, RoundRecord
+from kfpytorch_ray.run import RunStatus
+from kfpytorch_ray.runs import OUTCOME, OUTCOME_RECORD, RESULTS, Outcome
+from kfpytorch_ray.storage import Digest, Storage
+
+logger = logging.getLogger(__name__)
+
+_UPLOADS_AT_A_TIME = 4
+_NOTHING = Digest("", 0)
+"""Of a rank that left without a result: it returned None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What became of a run.
+
+    Attributes:
+        rounds: What became of every rank, one record for each round.
+        error: Why it failed; None if it did not.
+    """
+
+    rounds: tuple[RoundRecord, ...]
+    error: KfpytorchRayError | None = None
+
+
+def write_success(folder: Storage, launched: Launched) -> None:
+    """Leave every rank's result, and that the run succeeded.
+
+    Raises:
+        StorageError: Something cannot be written.
+    """
+    with ThreadPoolExecutor(_UPLOADS_AT_A_TIME, "kfpytorch-ray-upload") as pool:
+        digests = list(pool.map(partial(_upload, folder), range(len(launched.refs)), launched.refs))
+    results = tuple((digest.sha256, digest.size_bytes) for digest in digests)
+    _write(folder, RunStatus.SUCCEEDED, Record(launched.rounds), results)
+
+
+def write_failure(folder: Storage, error: KfpytorchRayError) -> None:
+    """Leave why the run failed or was stopped; where that cannot be written, its log still says it."""
+    status = RunStatus.STOPPED if isinstance(error, RunStoppedError) else RunStatus.FAILED
+    record = Record(error.rounds if isinstance(error, LaunchError) else (), error)
+    try:
+        _write(folder, status, record)
+    except KfpytorchRayError as unwritten:
+        logger.warning("The outcome of this run could not be kept: %s", unwritten)
+
+
+def read_record(folder: Storage, outcome: Outcome) -> Record:
+    """What became of a run; the error has the user's exception as its cause where that can be rebuilt here.
+
+    Raises:
+        StorageError: It cannot be read.
+        IntegrityError: It is not what was written.
+    """
+    record: Record = pickle.loads(folder.read_checked(OUTCOME_RECORD, outcome.record_digest))
+    if isinstance(record.error, WorkerFailedError | ResultError) and failures(record.rounds[-1]):
+        record.error.__cause__ = rebuilt_exception(root_cause(record.rounds[-1]))
+    return record
+
+
+class Downloads:
+    """Fetches the results of a run from its storage.
+
+    Args:
+        folder: Of the run.
+        outcome: How it ended.
+    """
+
+    def __init__(self, folder: Storage, outcome: Outcome) -> None:
+        self._folder = folder
+        self._outcome = outcome
+
+    def __call__(self, rank: int) -> ElasticWorkerResult:
+        """The result of a rank.
+
+        Raises:
+            StorageError: It cannot be read, or there is no room for it here.
+            IntegrityError: It is not what was written.
+            ResultError: It cannot be unpickled in this process.
+        """
+        digest = self._outcome.result_digest(rank)
+        if digest == _NOTHING:
+            return ElasticWorkerResult(None, [], None)
+        with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as folder:
+            path = Path(folder, "result")
+            self._folder.download(_name(rank), path, digest)
+            # The memory that is mapped outlives the file, and becomes the value's own: it is there once.
+            return rebuilt_result(map_spooled(path, writable=True), rank)
+
+
+def _write(folder: Storage, status: RunStatus, record: Record, results: tuple[tuple[str, int], ...] = ()) -> None:
+    written = folder.upload(OUTCOME_RECORD, [pickle.dumps(record)])
+    outcome = Outcome(
+        state=status.value,
+        ended_at=time.time(),
+        message=str(record.error or ""),
+        error=type(record.error).__name__ if record.error else "",
+        record=(written.sha256, written.size_bytes),
+        results=results,
+    )
+    folder.write(OUTCOME, outcome.to_json())
+
+
+def _upload(folder: Storage, rank: int, ref: Any) -> Digest:
+    spooled = ray.get(ref)
+    return _NOTHING if spooled is None else folder.upload(_name(rank), [spooled.data])
+
+
+def _name(rank: int) -> str:
+    return f"{RESULTS}/rank-{rank}"

@@ -1,0 +1,160 @@
+"""Sending a launch to a cluster that is elsewhere: look, stage, submit; and nothing left behind where that fails.
+
+What goes by which way: the request by the storage, its SHA-256 and the place by the job's entrypoint, the user's
+modules by Ray's runtime environment. Headers and tokens stay here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import pickle
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kfpytorch_ray.cluster.remote import driver
+from kfpytorch_ray.cluster.remote.client import JobClient, client_of
+from kfpytorch_ray.cluster.remote.handle import RemoteRun
+from kfpytorch_ray.cluster.remote.probe import probe
+from kfpytorch_ray.cluster.remote.versions import here, refuse_mismatch
+from kfpytorch_ray.cluster.remote.working_dir import check, survey
+from kfpytorch_ray.cluster.request import RayRequest
+from kfpytorch_ray.cluster.runtime_env import runtime_env_of
+from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.errors import KfpytorchRayError, VersionMismatchError
+from kfpytorch_ray.notices import tell
+from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest, run_folder
+from kfpytorch_ray.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Read by a job's supervisor: how long its driver may take to stop its workers before it is killed."""
+_STOP_MARGIN_S = 30.0
+
+_FOLDER = ("working_dir", "excludes")
+
+RUN_KEY = "kfpytorch_ray.run"
+ATTEMPT_KEY = "kfpytorch_ray.attempt_of"
+"""Metadata of a job: the run, and the Flyte task of which it is an attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A cluster that was looked at and found fit.
+
+    Attributes:
+        client: Of its job API.
+        storage: That it shares with this machine.
+        runtime_env: Of the job.
+    """
+
+    client: JobClient
+    storage: Storage
+    runtime_env: dict[str, Any]
+
+
+def look(options: RayBackend, address: str, storage: Storage) -> Destination:
+    """Look at a cluster and at what is to be sent there, before anything is.
+
+    Raises:
+        ConfigError: The working directory cannot be sent.
+        ClusterError: The cluster cannot be reached, refuses, or does not fit.
+        StorageError: The storage cannot be used here or there.
+    """
+    runtime_env = runtime_env_of(options)
+    travels = survey(runtime_env["working_dir"], options.excludes) if "working_dir" in runtime_env else None
+    if travels is not None:
+        check(travels, options.max_working_dir_bytes)
+    environment = dict(runtime_env.get("env_vars") or {})
+    environment.setdefault(_STOP_WAIT_VARIABLE, str(math.ceil(options.stop_grace_s + _STOP_MARGIN_S)))
+    runtime_env["env_vars"] = environment
+    client = client_of(options, address)
+    _refuse_other_versions(client, storage, {name: part for name, part in runtime_env.items() if name not in _FOLDER})
+    if travels is not None:
+        tell(travels.describe())
+    return Destination(client, storage, runtime_env)
+
+
+def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Destination) -> RemoteRun:
+    """Stage a request and have the cluster run it.
+
+    Raises:
+        StorageError: It cannot be staged.
+        ClusterError: The cluster cannot be reached, or refuses it.
+    """
+    folder = run_folder(to.storage, manifest.run_id)
+    attempt_of = attempt_key(os.environ)
+    if attempt_of is not None:
+        _end_earlier_attempts(to.client, attempt_of)
+    try:
+        folder.write(MANIFEST, manifest.to_json())
+        data = pickle.dumps((request, _inside(options)))
+        sha256 = folder.upload(REQUEST, [data]).sha256
+        to.client.submit_job(
+            entrypoint=f"python -m {driver.__name__} {shlex.quote(f'{folder.uri}#{sha256}')}",
+            submission_id=manifest.run_id,
+            runtime_env=to.runtime_env,
+            metadata={RUN_KEY: manifest.run_id, **({ATTEMPT_KEY: attempt_of} if attempt_of else {})},
+        )
+    except BaseException:
+        _undo(to.client, folder, manifest.run_id)
+        raise
+    run = RemoteRun(manifest, folder, options, to.client.address)
+    tell(
+        f"the run {manifest.run_id} is submitted to {to.client.address}. If this process ends, follow it: "
+        f"{run.command('logs -f')}"
+    )
+    return run
+
+
+def attempt_key(environment: Mapping[str, str]) -> str | None:
+    """What all attempts of one Flyte task execution have in common, hashed; None where this is none.
+
+    Flyte names an attempt's pod after execution, node and attempt, in this order.
+    """
+    execution = environment.get("FLYTE_INTERNAL_EXECUTION_ID")
+    attempt = environment.get("FLYTE_ATTEMPT_NUMBER")
+    pod = environment.get("HOSTNAME", "")
+    if not execution or attempt is None or not pod.endswith(f"-{attempt}"):
+        return None
+    names = ("FLYTE_INTERNAL_EXECUTION_PROJECT", "FLYTE_INTERNAL_EXECUTION_DOMAIN", "FLYTE_INTERNAL_TASK_NAME")
+    parts = [execution, *(environment.get(name, "") for name in names), pod.removesuffix(f"-{attempt}")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _end_earlier_attempts(client: JobClient, attempt_of: str) -> None:
+    """Stop what an attempt whose pod was lost has left running: this one takes its place, and its nodes."""
+    for job in client.list_jobs():
+        name = job.submission_id
+        if name and (job.metadata or {}).get(ATTEMPT_KEY) == attempt_of and not job.status.is_terminal():
+            tell(f"an earlier attempt of this task still runs as {name}; it is stopped.")
+            client.stop_job(name)
+            client.wait_until_over(name)
+
+
+def _refuse_other_versions(client: JobClient, storage: Storage, runtime_env: dict[str, Any]) -> None:
+    where = f"the cluster at {client.address}"
+    try:
+        refuse_mismatch(here(), probe(client, storage, runtime_env).versions, where)
+    except VersionMismatchError:
+        # What it answered before may be out of date.
+        refuse_mismatch(here(), probe(client, storage, runtime_env, fresh=True).versions, where)
+
+
+def _inside(options: RayBackend) -> RayBackend:
+    """The options as the driver on the cluster needs them: it is there already, and knows no secret of the way."""
+    return replace(options, address="auto", working_dir="", runtime_env=None, storage=None, headers={}, verify=True)
+
+
+def _undo(client: JobClient, folder: Storage, run_id: str) -> None:
+    with contextlib.suppress(KfpytorchRayError):
+        if client.job(run_id) is not None:
+            client.stop_job(run_id)
+    with contextlib.suppress(KfpytorchRayError):
+        folder.remove()

@@ -1,0 +1,36 @@
+"""What of this machine travels to a cluster by Ray's runtime environment: the working directory, and options."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE
+from kfpytorch_ray.config import RayBackend
+
+logger = logging.getLogger(__name__)
+
+
+def runtime_env_of(options: RayBackend) -> dict[str, Any]:
+    """The runtime environment that the options ask for, the working directory as a local folder where one is sent."""
+    environment = dict(options.runtime_env or {})
+    folder = working_dir_of(options)
+    return {**environment, "working_dir": folder, "excludes": list(options.excludes)} if folder else environment
+
+
+def working_dir_of(options: RayBackend) -> str:
+    """The folder that is sent so that nodes find the user's modules; empty if none is."""
+    # The job brings them already (ray job submit --working-dir).
+    if "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
+        return ""
+    folder = os.getcwd() if options.working_dir is None else options.working_dir
+    # A home or root folder is nobody's project; in Flyte's images the home folder is.
+    if (
+        options.working_dir is None
+        and folder in ("/", os.path.expanduser("~"))
+        and not os.environ.get(REMOTE_EXECUTION_VARIABLE)
+    ):
+        logger.info("Nothing is sent to other nodes: %s is no project folder. See RayBackend(working_dir=).", folder)
+        return ""
+    return folder

@@ -1,0 +1,122 @@
+"""``kfpytorch-ray gc``: remove what old runs have left in the storage, and nothing of a run that may be at work.
+
+Outputs and checkpoints, which functions wrote there, stay: they are the user's.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import rich_click as click
+
+from kfpytorch_ray.cli.options import Reach, json_option, reach_options, seconds
+from kfpytorch_ray.cli.reaching import Standing, standings
+from kfpytorch_ray.cli.reporting import print_json, span
+from kfpytorch_ray.errors import StorageError, explain
+from kfpytorch_ray.run import RunStatus
+from kfpytorch_ray.runs import RunSummary, expired_runs, remove_run
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A run that stays although it is old.
+
+    Attributes:
+        run: The run.
+        why: In a few words.
+    """
+
+    run: RunSummary
+    why: str
+
+
+def sort_out(runs: list[RunSummary], known: dict[str, Standing], now: float) -> tuple[list[RunSummary], list[Kept]]:
+    """Which of the runs whose time is over are removed, and which stay.
+
+    Args:
+        runs: Whose time is over.
+        known: Where they stand, by id.
+        now: Seconds since the epoch.
+    """
+    removed, kept = [], []
+    for run in runs:
+        if why := _why_kept(run, known[run.manifest.run_id], now):
+            kept.append(Kept(run, why))
+        else:
+            removed.append(run)
+    return removed, kept
+
+
+def _why_kept(run: RunSummary, standing: Standing, now: float) -> str:
+    """What speaks against the removal; empty if nothing does."""
+    if run.outcome is not None or standing.status is RunStatus.STOPPED:
+        return ""
+    if standing.status is not None and not standing.status.ended:
+        return str(standing)
+    # A cluster that does not know it may be another one, behind the same address of a tunnel.
+    left_s = run.manifest.created_at + run.manifest.retention_s - now
+    return f"{standing}, for another {span(left_s)}" if left_s > 0 else ""
+
+
+@click.command()
+@click.option(
+    "--older-than",
+    type=seconds,
+    metavar="TIME",
+    help="Remove runs that ended longer ago than this (30m, 12h, 7d), whatever their own retention is.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@json_option
+@reach_options
+def gc(
+    older_than: float | None,
+    dry_run: bool,
+    as_json: bool,
+    storage: str | None,
+    address: str | None,
+    verify: bool | str | None,
+) -> None:
+    """Remove from the storage what old runs have left.
+
+    Old is a run whose retention is over. A run at work stays; one that has left no outcome, and whose cluster does not
+    say that it was stopped, stays for its retention. Outputs and checkpoints of functions are never removed.
+    """
+    reach = Reach(storage, address, verify)
+    place = reach.open_storage()
+    now = time.time()
+    old = expired_runs(place, older_than, now)
+    removed, kept = sort_out(old, standings(old, reach), now)
+    failed: list[tuple[str, StorageError]] = []
+    for run in removed:
+        run_id = run.manifest.run_id
+        try:
+            if not dry_run:
+                remove_run(place, run_id)
+        except StorageError as error:
+            failed.append((run_id, error))
+        else:
+            if not as_json:
+                click.echo(f"{'would remove' if dry_run else 'removed'} {run_id}")
+    gone = [run.manifest.run_id for run in removed if run.manifest.run_id not in dict(failed)]
+    if failed:
+        raise _not_removed(place.uri, failed)
+    if as_json:
+        stay = [{"run_id": one.run.manifest.run_id, "reason": one.why} for one in kept]
+        print_json({"removed": gone, "kept": stay, "dry_run": dry_run})
+        return
+    for one in kept:
+        click.echo(f"kept {one.run.manifest.run_id}: {one.why}", err=True)
+    click.echo(f"{len(gone)} removed." if gone else "Nothing to remove.", err=True)
+
+
+def _not_removed(where: str, failed: list[tuple[str, StorageError]]) -> StorageError:
+    first = str(failed[0][1]).splitlines()
+    listed = ", ".join(run_id for run_id, _ in failed)
+    return StorageError(
+        explain(
+            f"{len(failed)} runs in {where} could not be removed: {listed}.",
+            first[1].removeprefix("Why: "),
+            first[-1].removeprefix("Fix: "),
+        )
+    )

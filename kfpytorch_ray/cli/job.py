@@ -1,0 +1,92 @@
+"""From the options of ``run`` and a task's own config to an ``Elastic``: what is given on the command line wins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from kfpytorch_ray.backends import BACKEND_VARIABLE, BackendChoice, choose_backend
+from kfpytorch_ray.checks import is_elastic
+from kfpytorch_ray.cli.options import headers, overlaid
+from kfpytorch_ray.cli.targets import Target
+from kfpytorch_ray.cli.travel import working_dir_for
+from kfpytorch_ray.config import Elastic, RayBackend
+from kfpytorch_ray.errors import ConfigError
+
+DEFAULT_BACKEND = RayBackend.name
+"""Of this command line, where nobody has chosen one. A task's default is kubeflow, upstream's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was given on the command line; only what was.
+
+    Attributes:
+        elastic: Fields of ``Elastic``.
+        backend: Name of the backend; None: as the task or the environment says.
+        options: Fields of the backend's options object.
+        env: Environment variables of the workers.
+    """
+
+    elastic: Mapping[str, Any] = field(default_factory=dict)
+    backend: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def elastic_of(target: Target, wanted: Wanted) -> Elastic:
+    """The config of the launch.
+
+    Raises:
+        ConfigError: The task is no elastic one, or the backend has no such options.
+        BackendUnavailableError: There is no such backend.
+    """
+    base = _base(target)
+    choice = _choice(target, base, wanted)
+    options = dict(wanted.options)
+    before: Any = choice.options
+    if choice.name == RayBackend.name and (found := headers()) is not None:
+        options["headers"] = {**getattr(before, "headers", {}), **found}
+    if wanted.env:
+        options["env"] = {**getattr(before, "env", {}), **wanted.env}
+    if (
+        choice.name == RayBackend.name
+        and options.get("working_dir") is None
+        and not getattr(before, "working_dir", None)
+    ):
+        address = options.get("address") or getattr(before, "address", None)
+        if (folder := working_dir_for(target, address)) is not None:
+            options["working_dir"] = folder
+    return replace(base, **wanted.elastic, backend=overlaid(choice.name, before, options) or choice.name)
+
+
+def _base(target: Target) -> Elastic:
+    if target.task is None:
+        return Elastic()
+    config = target.task.task_config
+    if config is None:
+        return Elastic()
+    if not is_elastic(config):
+        kind = type(config).__name__
+        raise ConfigError(target.task.name, (f"its task_config is a {kind}: expected an Elastic, or a plain function",))
+    # Upstream's class has the same fields, less the backend.
+    return Elastic(**{one.name: getattr(config, one.name) for one in fields(Elastic) if hasattr(config, one.name)})
+
+
+def _choice(target: Target, base: Elastic, wanted: Wanted) -> BackendChoice:
+    named = wanted.backend
+    own = base.backend
+    if named is not None and named != getattr(own, "name", own):
+        return choose_backend(named)
+    if own is None and named is None and not _is_chosen_elsewhere(target):
+        return BackendChoice(DEFAULT_BACKEND)
+    return choose_backend(own or named, None if target.task is None else target.task.environment)
+
+
+def _is_chosen_elsewhere(target: Target) -> bool:
+    """Whether the task's variables, those of this process or flytekit's config file name a backend."""
+    environment = {} if target.task is None else target.task.environment or {}
+    chosen = choose_backend(None, environment)
+    return not chosen.is_default or BACKEND_VARIABLE in {**environment, **os.environ}

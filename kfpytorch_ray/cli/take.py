@@ -1,0 +1,111 @@
+"""``kfpytorch-ray result`` and ``cancel``: the end of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import uuid
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import rich_click as click
+
+from kfpytorch_ray.cli.options import Reach, json_option, reach_options, seconds
+from kfpytorch_ray.cli.reaching import opened
+from kfpytorch_ray.cli.reporting import print_json, result_as_json
+from kfpytorch_ray.errors import ConfigError, LaunchError, ResultCollectedError, StorageError, explain
+from kfpytorch_ray.notices import tell
+from kfpytorch_ray.payload import PICKLE_PROTOCOL
+from kfpytorch_ray.run import RunStatus
+
+
+@click.command()
+@click.argument("run")
+@click.option("--timeout", type=seconds, metavar="TIME", help="Longest wait for its end; 0 does not wait.")
+@click.option("--keep", is_flag=True, help="Leave the result in the storage, so that it can be taken again.")
+@click.option("--rank", type=click.IntRange(min=0), default=0, metavar="N", help="Whose value; rank 0's by default.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write the value there as a pickle, which pickle.load() reads, instead of printing it.",
+)
+@json_option
+@reach_options
+def result(
+    run: str,
+    timeout: float | None,
+    keep: bool,
+    rank: int,
+    output: Path | None,
+    as_json: bool,
+    storage: str | None,
+    address: str | None,
+    verify: bool | str | None,
+) -> None:
+    """Wait for a run's end and print its result.
+
+    That is what rank 0 returned; a run that failed has the error and the exit code here that `run` would have had. It
+    is removed from the storage once it was printed or written, but with --keep.
+    """
+    _, handle = opened(run, Reach(storage, address, verify))
+    try:
+        # Kept until it has arrived: it may not unpickle here, or FILE's disk may be full.
+        taken = handle.result(timeout, keep=True)
+    except LaunchError:
+        if not keep:
+            handle.result(0)
+        raise
+    if rank not in taken:
+        raise ConfigError(run, (f"--rank {rank}: its ranks are 0 to {len(taken) - 1}",))
+    if output is not None:
+        _write(output, taken[rank].return_value)
+        tell(f"the value of rank {rank} is in {output}")
+    if as_json:
+        print_json(result_as_json(taken, rank, None if output is None else str(output)))
+    elif output is None:
+        click.echo(repr(taken[rank].return_value))
+    if not keep:
+        # Somebody else may have taken it meanwhile.
+        with contextlib.suppress(ResultCollectedError):
+            handle.result(0)
+
+
+@click.command()
+@click.argument("run")
+@json_option
+@reach_options
+def cancel(run: str, as_json: bool, storage: str | None, address: str | None, verify: bool | str | None) -> None:
+    """Stop a run, and wait until it is stopped.
+
+    One that has ended stays as it is.
+    """
+    _, handle = opened(run, Reach(storage, address, verify))
+    ended = handle.cancel()
+    if as_json:
+        print_json({"run_id": run, "status": ended.value})
+        return
+    click.echo(ended.value)
+    if ended is not RunStatus.STOPPED:
+        tell(f"the run {run} had ended before it could be stopped")
+
+
+def _write(path: Path, value: Any) -> None:
+    """Write a value whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with unfinished.open("wb") as file:
+            cloudpickle.dump(value, file, protocol=PICKLE_PROTOCOL)
+        unfinished.replace(path)
+    except OSError as error:
+        why = f"{type(error).__name__}: {error}"
+        fix = "Name another file with --output; the result is still in the storage."
+        raise StorageError(explain(f"{path} cannot be written.", why, fix)) from error
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        kind = type(value).__qualname__
+        raise ConfigError(
+            "--output", (f"a {kind} cannot be pickled: {error}; leave it out to see its repr",)
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,53 @@
+"""A plan for machines that do not see this one's disk: its files, outputs and checkpoints lie in the storage instead.
+
+What is remote already, as everything is in a Flyte execution, stays where it is. What functions write there is the
+user's and is never removed by us.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flytekit.core.context_manager import FlyteContextManager
+from flytekit.core.data_persistence import FileAccessProvider
+
+from kfpytorch_ray.flyte_files import upload_files
+from kfpytorch_ray.plan import LaunchPlan
+from kfpytorch_ray.storage import Storage
+
+OUTPUTS = "outputs"
+CHECKPOINTS = "checkpoints"
+
+
+def relocated(plan: LaunchPlan, storage: Storage, run_id: str) -> LaunchPlan:
+    """The plan with places that its workers reach; files among its inputs are uploaded.
+
+    Args:
+        plan: As it was made here.
+        storage: That this machine and the workers share.
+        run_id: Names the run's folders there.
+
+    Raises:
+        Exception: Whatever the upload of an input raises.
+    """
+    flyte = plan.flyte
+    outputs = flyte.raw_output_prefix if _is_remote(flyte.raw_output_prefix) else f"{storage.prefix}/{OUTPUTS}/{run_id}"
+    destination = flyte.checkpoint_dest
+    if destination is not None and not _is_remote(destination):
+        destination = f"{storage.prefix}/{CHECKPOINTS}/{plan.run_id}"
+    source = flyte.checkpoint_src if flyte.checkpoint_src and _is_remote(flyte.checkpoint_src) else None
+    context = FlyteContextManager.current_context()
+    before = context.file_access
+    access = FileAccessProvider(before.local_sandbox_dir, outputs, before.data_config)
+    with FlyteContextManager.with_context(context.with_file_access(access)):
+        args, kwargs = upload_files(plan.args), upload_files(dict(plan.kwargs))
+    return replace(
+        plan,
+        args=args,
+        kwargs=kwargs,
+        flyte=replace(flyte, raw_output_prefix=outputs, checkpoint_dest=destination, checkpoint_src=source),
+    )
+
+
+def _is_remote(path: str) -> bool:
+    return bool(FileAccessProvider.is_remote(path))

@@ -1,0 +1,318 @@
+"""What runs leave in the storage: one folder each, which tells what the run is, how it ended and what it brought.
+
+    <storage>/runs/<run id>/
+        manifest.json     what it is and where; written first, by whoever launches. No secrets
+        request.pkl       what its driver is to do
+        lease             changes as long as whoever launched it lives, where it has a lease
+        driver.log        what its driver has printed; written at its end
+        results/rank-N    the value of each rank
+        outcome.pkl       what became of every rank, and the error
+        outcome.json      how it ended; written last
+        collected.json    that the result was taken; the request, the results and outcome.pkl are gone then
+
+Here is what both ends, the command line and the clean-up share. Nothing here unpickles, and nothing asks a cluster.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import platform
+import re
+import time
+import uuid
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
+
+from typing_extensions import Self
+
+from kfpytorch_ray.errors import ConfigError, StorageError, UnknownRunError, explain
+from kfpytorch_ray.storage import Digest, Storage, problem_of_uri
+
+STORAGE_VARIABLE = "KFPYTORCH_RAY_STORAGE"
+"""Names the storage where no option does."""
+
+MANIFEST = "manifest.json"
+REQUEST = "request.pkl"
+LEASE = "lease"
+DRIVER_LOG = "driver.log"
+RESULTS = "results"
+OUTCOME_RECORD = "outcome.pkl"
+OUTCOME = "outcome.json"
+COLLECTED = "collected.json"
+
+_RUNS = "runs"
+_RUN_ID = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+
+
+J = TypeVar("J", bound="_Json")
+
+
+class _Json:
+    """Plain data as JSON; fields that another version has written and this one does not know are passed over."""
+
+    __slots__ = ()
+
+    def to_json(self) -> bytes:
+        """As it is written."""
+        return json.dumps(asdict(self), indent=1).encode()  # type: ignore[call-overload] # subclasses are dataclasses
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """As it was written.
+
+        Raises:
+            ValueError: It is no such file.
+        """
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        try:
+            return cls(**{name: value for name, value in json.loads(data).items() if name in known})
+        except (TypeError, AttributeError) as error:
+            msg = f"no {cls.__name__}: {error}"
+            raise ValueError(msg) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest(_Json):
+    """What a run is.
+
+    Attributes:
+        run_id: Name of its folder and of its job.
+        name: Of the task or function.
+        backend: By which it runs.
+        storage: URI of the storage, as whoever reads it reaches it.
+        address: Of its cluster.
+        created_at: Seconds since the epoch.
+        created_by: User and host.
+        nodes: As the user asked for them.
+        nproc_per_node: Workers on each node.
+        retention_s: Seconds after which what it left may be removed.
+        lease_s: Seconds without a sign of life after which it stops itself; None without a lease.
+    """
+
+    run_id: str
+    name: str
+    backend: str
+    storage: str
+    address: str
+    created_at: float
+    created_by: str
+    nodes: str
+    nproc_per_node: int
+    retention_s: float
+    lease_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(_Json):
+    """How a run ended, as far as it can be told without unpickling.
+
+    Attributes:
+        state: A ``RunStatus``'s value.
+        ended_at: Seconds since the epoch.
+        message: The error; empty without one.
+        error: Class of the error; empty without one.
+        record: SHA-256 and size of outcome.pkl.
+        results: SHA-256 and size of each rank's result, by rank.
+    """
+
+    state: str
+    ended_at: float
+    message: str
+    error: str
+    record: tuple[str, int]
+    results: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def record_digest(self) -> Digest:
+        """Of outcome.pkl."""
+        return Digest(*self.record)
+
+    def result_digest(self, rank: int) -> Digest:
+        """Of a rank's result."""
+        return Digest(*self.results[rank])
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """A run as the storage knows it.
+
+    Attributes:
+        manifest: What it is.
+        outcome: How it ended; None where it has not, or nobody could tell.
+        collected: Whether its result was taken.
+    """
+
+    manifest: Manifest
+    outcome: Outcome | None
+    collected: bool
+
+
+def storage_of(uri: str | None) -> Storage:
+    """The storage that an option or the environment names.
+
+    Raises:
+        ConfigError: Neither does, or the URI is none.
+        StorageError: There is no file system for it.
+    """
+    named = uri or os.environ.get(STORAGE_VARIABLE)
+    if not named:
+        raise ConfigError(
+            "storage",
+            (f"no storage is named: give storage='s3://bucket/prefix' (any fsspec URI), or set {STORAGE_VARIABLE}",),
+        )
+    if problem := problem_of_uri(named):
+        raise ConfigError("storage", (problem,))
+    # A relative path means another folder on the other machine.
+    return Storage(named if "://" in named else os.path.abspath(named))
+
+
+def new_run_id(name: str) -> str:
+    """A name for a run: part of the function's, for people, and enough chance never to meet another's."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.rsplit(".", 1)[-1].lower()).strip("-")[:24].strip("-")
+    return "-".join(filter(None, ("kfr", slug, uuid.uuid4().hex[:12])))
+
+
+def whoami() -> str:
+    """User and host, for people who share a storage."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        # A container's user id need not have a name.
+        user = str(os.getuid())
+    return f"{user}@{platform.node()}"
+
+
+def run_folder(storage: Storage, run_id: str) -> Storage:
+    """The folder of a run.
+
+    Raises:
+        UnknownRunError: No run can be called this.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        raise _unknown(storage, run_id)
+    return storage.folder(f"{_RUNS}/{run_id}")
+
+
+def read_manifest(storage: Storage, run_id: str) -> Manifest:
+    """What a run is.
+
+    Raises:
+        UnknownRunError: There is none with this id.
+        StorageError: The storage cannot be read.
+    """
+    data = run_folder(storage, run_id).read(MANIFEST)
+    if data is None:
+        raise _unknown(storage, run_id)
+    return _manifest(storage, data, run_id)
+
+
+def read_outcome(folder: Storage) -> Outcome | None:
+    """How a run ended; None as long as it has not said so.
+
+    Raises:
+        StorageError: The storage cannot be read.
+    """
+    data = folder.read(OUTCOME)
+    return None if data is None else _parsed(Outcome, data, f"{folder.uri}/{OUTCOME}")
+
+
+def collect(folder: Storage) -> None:
+    """Remove what is large of a run whose result was taken, and note that it was."""
+    note = {"collected_at": time.time(), "collected_by": whoami()}
+    folder.write(COLLECTED, json.dumps(note).encode())
+    discard(folder)
+
+
+def discard(folder: Storage) -> None:
+    """Remove what is large, or of no use any more, of a run that has ended."""
+    for name in (REQUEST, RESULTS, OUTCOME_RECORD, LEASE):
+        folder.remove(name)
+
+
+def collected(folder: Storage) -> str | None:
+    """Who took a run's result, and when, for people; None if nobody has.
+
+    Raises:
+        StorageError: The storage cannot be read.
+    """
+    data = folder.read(COLLECTED)
+    if data is None:
+        return None
+    note: dict[str, Any] = json.loads(data)
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(note["collected_at"]))
+    return f"{note['collected_by']} took it at {when}"
+
+
+def list_runs(storage: Storage) -> list[RunSummary]:
+    """The runs in a storage, newest first. Folders that are none, or not yet, are passed over.
+
+    Raises:
+        StorageError: The storage cannot be read.
+    """
+    found = []
+    for run_id in storage.folder(_RUNS).names():
+        if not _RUN_ID.fullmatch(run_id):
+            continue
+        folder = run_folder(storage, run_id)
+        data = folder.read(MANIFEST)
+        if data is not None:
+            manifest = _manifest(storage, data, run_id)
+            found.append(RunSummary(manifest, read_outcome(folder), folder.read(COLLECTED) is not None))
+    return sorted(found, key=lambda run: run.manifest.created_at, reverse=True)
+
+
+def expired_runs(storage: Storage, older_than_s: float | None = None, now: float | None = None) -> list[RunSummary]:
+    """The runs whose time in the storage is over. A run that has no outcome may still be at work: who removes it asks.
+
+    Args:
+        storage: The storage.
+        older_than_s: Seconds since the run ended (since it was made, without an outcome). None: its retention.
+        now: Seconds since the epoch. None: now.
+    """
+    at = time.time() if now is None else now
+    return [
+        run
+        for run in list_runs(storage)
+        if at - (run.outcome.ended_at if run.outcome else run.manifest.created_at)
+        >= (run.manifest.retention_s if older_than_s is None else older_than_s)
+    ]
+
+
+def remove_run(storage: Storage, run_id: str) -> None:
+    """Remove all that a run has left, but for the outputs and checkpoints that its function wrote.
+
+    Raises:
+        StorageError: It cannot be removed.
+    """
+    folder = run_folder(storage, run_id)
+    # Last, so that a clean-up that was cut short can be done again.
+    for name in folder.names():
+        if name != MANIFEST:
+            folder.remove(name)
+    folder.remove()
+
+
+def _manifest(storage: Storage, data: bytes, run_id: str) -> Manifest:
+    """A manifest, whose storage is the one that it was found in: another machine may reach it by another path."""
+    return replace(_parsed(Manifest, data, f"{storage.uri}/{_RUNS}/{run_id}/{MANIFEST}"), storage=storage.uri)
+
+
+def _parsed(kind: type[J], data: bytes, where: str) -> J:
+    try:
+        return kind.from_json(data)
+    except ValueError as error:
+        raise StorageError(
+            explain(f"{where} cannot be read.", str(error), "It was not written by kfpytorch_ray: remove it.")
+        ) from error
+
+
+def _unknown(storage: Storage, run_id: str) -> UnknownRunError:
+    return UnknownRunError(
+        explain(
+            f"There is no run {run_id!r} in {storage.uri}.",
+            "No launch has written a manifest of that name there, or its retention is over.",
+            f"Look which runs there are: kfpytorch-ray list --storage {storage.uri}",
+        )
+    )

@@ -1,0 +1,71 @@
+"""The test bed itself: clusters that start, take jobs, break and leave nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from kfpytorch_ray.testing import HeadCluster, kill_node, wait_until
+from kfpytorch_ray.testing.processes import all_processes, command, environment
+
+
+@pytest.fixture(autouse=True)
+def no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client takes these for an address that it is given."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+
+
+def says(client: JobSubmissionClient, text: str) -> bool:
+    """Whether a job that says a text succeeds."""
+    job = client.submit_job(entrypoint=f"echo {text}")
+    wait_until(lambda: client.get_job_status(job).is_terminal(), "the job to end")
+    return client.get_job_status(job) == "SUCCEEDED" and text in client.get_job_logs(job)
+
+
+def test_jobs_run(head: HeadCluster) -> None:
+    """At once, without a look at whether the server can start them."""
+    assert says(JobSubmissionClient(head.address), "hi")
+    assert [job["entrypoint"] for job in head.jobs()] == ["echo hi"]
+    assert len(head.nodes) == 2
+
+
+def test_a_cluster_starts_clean_and_ends_whole(package: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows nothing of this process's settings; nothing of it outlives ``kill()``, nor its folder the block."""
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere:1")
+    monkeypatch.setenv("KFPYTORCH_RAY_BACKEND", "nothing")
+    with HeadCluster(nodes=0, env={**package, "OURS": "1"}) as head:
+        folder = Path(head.temp_dir).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+        node = head.add_node()
+        assert head.nodes == (node,)
+        variables = environment(node.raylet)
+        assert not {"RAY_ADDRESS", "KFPYTORCH_RAY_BACKEND"} & variables.keys()
+        assert (variables["OURS"], variables["TMPDIR"]) == ("1", head.temp_dir)
+        assert variables["PATH"].startswith(str(Path(sys.executable).parent))
+        kill_node(node)
+        assert head.nodes == ()
+        head.kill()
+        assert not [process for process in all_processes() if environment(process).get("TMPDIR") == head.temp_dir]
+        monkeypatch.delenv("RAY_ADDRESS")
+        with pytest.raises(ConnectionError):
+            JobSubmissionClient(head.address)
+    assert not folder.exists()
+
+
+def test_a_token_is_asked_for(package: dict[str, str]) -> None:
+    """Without it the job server refuses; it stands in no command line."""
+    token = "s3cret-" * 6
+    with HeadCluster(nodes=1, token=token, env=package) as head:
+        with pytest.raises(AuthenticationError, match="Missing"):
+            JobSubmissionClient(head.address)
+        with pytest.raises(AuthenticationError, match="Invalid"):
+            JobSubmissionClient(head.address, headers={"Authorization": "Bearer wrong"})
+        assert says(JobSubmissionClient(head.address, headers={"Authorization": f"Bearer {token}"}), "hi")
+        for process in all_processes():
+            assert token not in command(process)
+            assert token not in environment(process).values()

@@ -1,0 +1,147 @@
+"""The process that launched a remote run ends, in every way that processes do; scripts as a user writes them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kfpytorch_ray import RunStatus, RunStoppedError, attach
+from kfpytorch_ray.testing import HeadCluster, wait_until
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from helper import work
+from kfpytorch_ray import Elastic, RayBackend, launch
+
+if __name__ == "__main__":
+    address, storage, gate, options = sys.argv[1:]
+    backend = RayBackend(address=address, storage=storage, **json.loads(options))
+    print("result:", launch(work, gate, elastic=Elastic(backend=backend))[0].return_value)
+"""
+
+HELPER = """
+import threading
+from pathlib import Path
+
+def work(gate):
+    print("begun", flush=True)
+    while not Path(gate).exists():
+        threading.Event().wait(0.05)
+    return "done"
+"""
+
+
+class Laptop:
+    """A user's script that follows a run."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path, gate: Path, storage: str) -> None:
+        self.process = process
+        self.gate = gate
+        self._output = output
+        self._storage = storage
+
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    def run_id(self) -> str:
+        found = re.search(r"the run (kfr-[a-z0-9-]+) is submitted", self.output())
+        assert found is not None, self.output()
+        return found[1]
+
+    def wait_for(self, text: str) -> None:
+        def said() -> bool:
+            assert text in self.output() or self.process.poll() is None, self.output()
+            return text in self.output()
+
+        wait_until(said, f"the script to say {text!r}")
+
+    def status(self) -> RunStatus:
+        return attach(self.run_id(), storage=self._storage).status()
+
+
+@contextmanager
+def laptop(head: HeadCluster, storage: str, folder: Path, options: str = "{}") -> Iterator[Laptop]:
+    project = folder / "project"
+    project.mkdir()
+    (project / "script.py").write_text(SCRIPT)
+    (project / "helper.py").write_text(HELPER)
+    gate = folder / "gate"
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "script.py", head.address, storage, str(gate), options],
+            cwd=project,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        yield Laptop(process, folder / "output", gate, storage)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_script_and_its_modules(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """The working directory travels, and it is said what of it; the run ends as the script expects."""
+    with laptop(head, storage, tmp_path) as script:
+        script.wait_for("begun")
+        script.gate.touch()
+        assert script.process.wait(120) == 0
+        assert "result: done" in script.output()
+        assert re.search(r"Sending .*project.*: 2 files", script.output())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_stops_the_run(head: HeadCluster, storage: str, tmp_path: Path, signum: signal.Signals) -> None:
+    """The script ends when the run is stopped, says so, and is no success."""
+    with laptop(head, storage, tmp_path) as script:
+        script.wait_for("begun")
+        script.process.send_signal(signum)
+        assert script.process.wait(120) != 0
+        assert f"the run {script.run_id()} is stopped." in script.output()
+        assert script.status() is RunStatus.STOPPED
+
+
+def test_an_interruption_can_leave_it_running(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """With on_interrupt="detach" the script ends and says how to find the run, which is taken from elsewhere."""
+    with laptop(head, storage, tmp_path, '{"on_interrupt": "detach"}') as script:
+        script.wait_for("begun")
+        script.process.send_signal(signal.SIGINT)
+        assert script.process.wait(120) != 0
+        assert f"kfpytorch-ray result {script.run_id()}" in script.output()
+        assert script.status() is RunStatus.RUNNING
+        script.gate.touch()
+        assert attach(script.run_id(), storage=storage).result()[0].return_value == "done"
+
+
+def test_a_killed_script_leaves_its_run(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """SIGKILL, or a laptop without power: the run goes on, and is found by its id."""
+    with laptop(head, storage, tmp_path) as script:
+        script.wait_for("begun")
+        script.process.kill()
+        script.process.wait()
+        run = attach(script.run_id(), storage=storage)
+        assert run.status() is RunStatus.RUNNING
+        script.gate.touch()
+        assert run.result()[0].return_value == "done"
+
+
+def test_a_killed_script_with_a_lease_ends_its_run(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """It stops itself when nobody has kept its lease, and says why."""
+    with laptop(head, storage, tmp_path, '{"lease_s": 6}') as script:
+        script.wait_for("begun")
+        script.process.kill()
+        script.process.wait()
+        wait_until(lambda: script.status() is RunStatus.STOPPED, "the run to stop itself")
+        with pytest.raises(RunStoppedError, match="no sign of life"):
+            attach(script.run_id(), storage=storage).result()

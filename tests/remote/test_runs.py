@@ -1,0 +1,264 @@
+"""A launch on a cluster that is elsewhere: sent by its job API, followed, taken home, left and found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import flytekit
+import pytest
+import torch
+from flytekit import FlyteFile, task
+from flytekit.exceptions.user import FlyteUserRuntimeException
+
+import kfpytorch_ray
+from kfpytorch_ray import (
+    ConfigError,
+    Elastic,
+    IntegrityError,
+    LaunchError,
+    RayBackend,
+    ResultCollectedError,
+    RunPendingError,
+    RunStatus,
+    RunStoppedError,
+    UnknownRunError,
+    WorkerFailedError,
+    attach,
+    launch,
+)
+from kfpytorch_ray.cluster.remote.client import JobClient
+from kfpytorch_ray.results import Outcome
+from kfpytorch_ray.testing import HeadCluster, wait_until
+
+
+class OddError(ValueError):
+    """A user's exception, with a field that has to survive."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def elastic(head: HeadCluster, storage: str, nnodes: int = 1, **options: Any) -> Elastic:
+    """A job on the cluster; these tests' functions travel by value, and no folder does."""
+    backend = RayBackend(**{"address": head.address, "storage": storage, "working_dir": "", **options})
+    return Elastic(nnodes=nnodes, nproc_per_node=1, backend=backend)
+
+
+def files(storage: str, below: str = "runs") -> set[str]:
+    """Names of the files in the storage, without the run's own folder."""
+    root = Path(storage.removeprefix("file://")) / below
+    return {path.relative_to(root).as_posix().partition("/")[2] for path in root.rglob("*") if path.is_file()}
+
+
+def test_the_same_objects_as_from_a_local_run(
+    head: HeadCluster, storage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Values of all ranks, decks and rounds come home; log lines are passed on; what was staged is removed."""
+
+    def work(base: float) -> dict[str, Any]:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        total = torch.full((3,), float(dist.get_rank()))
+        dist.all_reduce(total)
+        print(f"rank {dist.get_rank()} says hello")
+        flytekit.Deck("curves", f"<p>deck of {dist.get_rank()}</p>")
+        dist.destroy_process_group()
+        return {"total": total + base, "pid": os.getpid(), "folder": flytekit.current_context().checkpoint is not None}
+
+    result = launch(work, 0.5, elastic=elastic(head, storage, nnodes=2))
+    assert [result[rank].return_value["total"].tolist() for rank in result] == [[1.5] * 3] * 2
+    assert result[0].return_value["pid"] != result[1].return_value["pid"]
+    result[0].return_value["total"] += 1
+    assert [deck.name for deck in result.decks if "deck of 0" in deck.html] == ["curves"]
+    (record,) = result.rounds
+    assert (record.succeeded, record.world_size) == (True, 2)
+    printed = capfd.readouterr()
+    assert {"0", "1"} <= set(re.findall(r"rank (\d) says hello", printed.out))
+    assert "is submitted to" in printed.err
+    assert {"results/rank-0", "outcome.json"} <= files(storage)
+    del result
+    assert files(storage) == {"manifest.json", "outcome.json", "driver.log", "collected.json"}
+
+
+def test_the_users_own_exception_is_the_cause(head: HeadCluster, storage: str) -> None:
+    """Class and fields of the error, and the rounds, are those of a local run; the job has failed, and says why."""
+
+    def work() -> None:
+        if os.environ["RANK"] == "1":
+            raise OddError(7)
+        threading.Event().wait()
+
+    with pytest.raises(WorkerFailedError, match="rank 1") as caught:
+        launch(work, elastic=elastic(head, storage, nnodes=2))
+    assert isinstance(caught.value.__cause__, OddError)
+    assert caught.value.__cause__.code == 7
+    assert [rank.outcome for rank in caught.value.rounds[0].ranks] == [Outcome.STOPPED, Outcome.RAISED]
+    job = max(head.jobs(), key=lambda job: job["start_time"])
+    assert job["status"] == "FAILED"
+    assert "OddError: 7" in job["message"]
+
+
+def test_a_run_is_left_and_found_again(head: HeadCluster, storage: str) -> None:
+    """``wait=False`` returns at once; another handle sees status and log, waits, and takes the result, once."""
+
+    def work(gate: str) -> str:
+        print("begun")
+        while not Path(gate).exists():
+            threading.Event().wait(0.05)
+        return "done"
+
+    gate = Path(storage.removeprefix("file://")).with_name("gate")
+    run = launch(work, str(gate), elastic=elastic(head, storage), wait=False)
+    assert not run.status().ended
+    found = attach(run.run_id, storage=storage)
+    with pytest.raises(RunPendingError, match="not ended"):
+        found.result(timeout=0)
+    lines = found.logs(follow=True, rank=0)
+    assert "begun" in next(lines)
+    assert found.status() is RunStatus.RUNNING
+    gate.touch()
+    assert list(lines) == []
+    assert found.status() is RunStatus.SUCCEEDED
+    assert found.result(keep=True)[0].return_value == "done"
+    assert attach(run.run_id, storage=storage).result()[0].return_value == "done"
+    with pytest.raises(ResultCollectedError, match="took it at"):
+        run.result()
+    assert any("begun" in line for line in run.logs(rank=0))
+    assert list(run.logs(rank=1)) == []
+
+
+def test_cancel(head: HeadCluster, storage: str) -> None:
+    """The run is stopped when ``cancel`` returns, its workers are gone and its nodes free; again changes nothing."""
+
+    def work(note: str) -> None:
+        Path(note).write_text(str(os.getpid()))
+        threading.Event().wait()
+
+    note = Path(storage.removeprefix("file://")).with_name("note")
+    run = launch(work, str(note), elastic=elastic(head, storage), wait=False)
+    wait_until(lambda: note.exists() and note.read_text(), "the worker to begin")
+    assert run.cancel() is RunStatus.STOPPED
+    assert not Path(f"/proc/{note.read_text()}").exists()
+    assert run.cancel() is RunStatus.STOPPED
+    with pytest.raises(RunStoppedError, match="stopped"):
+        run.result()
+    assert "request.pkl" not in files(storage)
+
+
+def test_what_was_altered_in_the_storage_is_not_unpickled(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """A result whose bytes are not those that the driver wrote raises; nothing of it was executed."""
+    run = launch(lambda: 1, elastic=elastic(head, storage), wait=False)
+    result = run.result(keep=True)
+    (written,) = Path(storage.removeprefix("file://")).glob("runs/*/results/rank-0")
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    written.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(IntegrityError, match="SHA-256"):
+        result[0]
+    record = written.parent.parent / "outcome.pkl"
+    record.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(IntegrityError, match="SHA-256"):
+        run.result()
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_flyte_task_and_its_files(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """A task called here trains there: files go there and come back, a failure is Flyte's."""
+    (tmp_path / "input.txt").write_text("text")
+    config = elastic(head, storage)
+
+    @task(task_config=config)
+    def train(file: FlyteFile, fail: bool) -> FlyteFile:
+        if fail:
+            raise OddError(7)
+        text = Path(file.download()).read_text()
+        Path("output.txt").write_text(text.upper())
+        return FlyteFile("output.txt")
+
+    returned = train(file=FlyteFile(str(tmp_path / "input.txt")), fail=False)
+    assert Path(returned.download()).read_text() == "TEXT"
+    with pytest.raises(FlyteUserRuntimeException) as caught:
+        train(file=FlyteFile(str(tmp_path / "input.txt")), fail=True)
+    assert isinstance(caught.value.value.__cause__ or caught.value.__cause__, OddError)
+
+
+def test_a_later_attempt_ends_an_earlier_one(
+    head: HeadCluster, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pod of attempt 0 of a Flyte task is gone, its run is not: attempt 1 stops it, and nobody else's."""
+
+    def work(note: str) -> None:
+        Path(note).touch()
+        threading.Event().wait()
+
+    def attempt(pod: str, number: int) -> kfpytorch_ray.Run:
+        monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f123")
+        monkeypatch.setenv("FLYTE_ATTEMPT_NUMBER", str(number))
+        monkeypatch.setenv("HOSTNAME", f"{pod}-{number}")
+        note = tmp_path / f"{pod}-{number}"
+        run = launch(work, str(note), elastic=elastic(head, storage), wait=False)
+        wait_until(note.exists, "the attempt to begin")
+        return run
+
+    other_node, first = attempt("f123-n1", 0), attempt("f123-n0", 0)
+    second = attempt("f123-n0", 1)
+    assert first.status() is RunStatus.STOPPED
+    assert other_node.status() is RunStatus.RUNNING
+    assert second.status() is RunStatus.RUNNING
+    assert {run.cancel() for run in (second, other_node)} == {RunStatus.STOPPED}
+
+
+def test_what_is_wrong_with_the_call(head: HeadCluster, storage: str) -> None:
+    """Mistakes are told before anything is sent."""
+    with pytest.raises(ConfigError, match="storage"):
+        launch(max, 1, 2, elastic=Elastic(backend=RayBackend(address=head.address)))
+    with pytest.raises(ConfigError, match="wait=False"):
+        launch(max, 1, 2, elastic=Elastic(backend=RayBackend()), wait=False)
+    with pytest.raises(ConfigError, match="wait=False"):
+        launch(max, 1, 2, elastic=Elastic(backend="kubeflow"), wait=False)
+    with pytest.raises(UnknownRunError):
+        attach("kfr-nobody", storage=storage)
+    with pytest.raises(kfpytorch_ray.PayloadError, match="position 0"):
+        launch(print, threading.Lock(), elastic=elastic(head, storage))
+    assert files(storage) == set()
+
+
+def test_nothing_is_left_of_a_submission_that_fails(
+    head: HeadCluster, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Ray refuses the job (a runtime environment that it does not know), the staged request goes, too."""
+    with pytest.raises((kfpytorch_ray.ClusterError, ValueError, LaunchError)):
+        launch(max, 1, 2, elastic=elastic(head, storage, runtime_env={"nonsense": 1}))
+    assert files(storage) == set()
+    assert not [job for job in head.jobs() if job["status"] in ("PENDING", "RUNNING")]
+
+
+def test_the_job_tells_no_secret(head: HeadCluster, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither headers nor the workers' variables are in the entrypoint, the metadata, the manifest or the log."""
+
+    def work() -> bool:
+        return os.environ["API_KEY"] == "s3cret-key"
+
+    options = {"headers": {"X-Token": "s3cret-token"}, "env": {"API_KEY": "s3cret-key"}}
+    run = launch(work, elastic=elastic(head, storage, **options), wait=False)
+    assert run.result(keep=True)[0].return_value is True
+    job = JobClient(head.address).job(run.run_id)
+    assert job is not None
+    root = Path(storage.removeprefix("file://"))
+    told = [json.dumps(job.dict(), default=str), repr(run), *run.logs(), repr(options["headers"].keys())]
+    told += [path.read_text() for path in root.glob("runs/*/*.json")]
+    assert "s3cret" not in "".join(told)
+    (request,) = root.glob("runs/*/request.pkl")
+    assert b"s3cret-token" not in request.read_bytes()
+    assert request.stat().st_mode & 0o077 == 0 or request.parent.stat().st_mode & 0o077 == 0

@@ -1,0 +1,71 @@
+"""Ctrl-C and SIGTERM, in processes of their own, with and without a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import signal, sys
+import flytekit  # sets a handler of its own for SIGINT
+from kfpytorch_ray.cluster.interruption import interruptible, wants_to_stop
+
+before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+try:
+    with interruptible():
+        print("ready", flush=True)
+        signal.pause()
+except (KeyboardInterrupt, SystemExit) as error:
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    print(*filter(None, (type(error).__name__, getattr(error, "code", ""))), flush=True)
+    print("stops" if wants_to_stop(sys.argv[1], "kfr-one") else "goes on", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("signum", "said"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SystemExit 143")])
+@pytest.mark.parametrize(("option", "then"), [("stop", "stops"), ("detach", "goes on"), ("ask", "stops")])
+def test_without_a_terminal(signum: signal.Signals, said: str, option: str, then: str) -> None:
+    """A signal becomes an exception, the handlers of others come back, and nobody is asked."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CODE, option], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signum)
+        assert process.stdout.read().splitlines() == [said, then]
+
+
+@pytest.mark.parametrize(
+    ("answer", "then"),
+    [(b"d\n", "goes on"), (b"s\n", "stops"), (b"\n", "stops"), (b"\x03", "stops"), (b"\x04", "stops")],
+)
+def test_on_a_terminal_it_asks_once(answer: bytes, then: str) -> None:
+    """Detach, stop, the default; a second Ctrl-C and the end of the input stop it, too."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", CODE, "ask"])
+    said = b""
+    try:
+        said = read_until(terminal, b"ready")
+        os.write(terminal, b"\x03")
+        said += read_until(terminal, b"(s)")
+        os.write(terminal, answer)
+        said += read_until(terminal, then.encode())
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(terminal)
+    assert said.count(b"[s]top it") == 1
+
+
+def read_until(terminal: int, text: bytes) -> bytes:
+    """What is on the terminal up to a text; the test's time-out bounds it."""
+    said = b""
+    while text not in said:
+        said += os.read(terminal, 1024)
+    return said

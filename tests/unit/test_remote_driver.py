@@ -1,0 +1,59 @@
+"""The entrypoint of a remote run's job, where it must not run anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfpytorch_ray.cluster.remote.driver import main
+from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest, read_outcome
+from kfpytorch_ray.storage import Storage, digest_of
+
+RUN = Manifest("kfr-one", "train", "ray", "s3://bucket", "http://head:8265", 0.0, "ada", "1", 1, 60.0)
+
+
+class Trap:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Storage:
+    """A run that was staged."""
+    folder = Storage(str(tmp_path / "runs" / "kfr-one"))
+    folder.write(MANIFEST, RUN.to_json())
+    folder.write(REQUEST, pickle.dumps(Trap(tmp_path / "sprung")))
+    return folder
+
+
+def test_a_request_that_was_altered_is_not_unpickled(
+    folder: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The SHA-256 came by the job API; what has another one is refused, and the job fails with the reason."""
+    assert main(f"{folder.uri}#{digest_of(b'what was submitted').sha256}") == 1
+    assert "SHA-256" in capsys.readouterr().err
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("sha256", ["", "#"])
+def test_a_request_without_a_hash_is_not_unpickled(folder: Storage, tmp_path: Path, sha256: str) -> None:
+    """An entrypoint that was cut short is no way around the check."""
+    assert main(f"{folder.uri}{sha256}") == 1
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", [MANIFEST, REQUEST])
+def test_a_run_whose_files_were_removed(folder: Storage, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It fails with what is missing, and pretends no outcome."""
+    folder.remove(name)
+    assert main(f"{folder.uri}#00") == 1
+    assert "has no request" in capsys.readouterr().err
+    assert read_outcome(folder) is None
