@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.payload import dump_payload, import_root
 from kfpytorch_ray.plan import LaunchPlan
+from kfpytorch_ray.pods import TaskArguments
 from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
@@ -54,6 +55,17 @@ class RayAdapter:
     def custom(self, config: JobConfig) -> dict[str, Any] | None:
         """The job as upstream describes it, for the record: Flyte runs a plain pod and does not read it."""
         return job_message(config)
+
+    def lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
+        """Every field that does not arrive, and why."""
+        return ray_findings.lost(config, self._options, arguments)
+
+    def flyte_manifests(self, template: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+        """The Pod that Flyte makes of a task template: the driver's."""
+        from kfpytorch_ray.cluster.kube.flyte_execution import FlyteExecution
+        from kfpytorch_ray.cluster.kube.flyte_pod import pod_manifest
+
+        return (pod_manifest(template, FlyteExecution()),)
 
     def launches(self, config: JobConfig) -> bool:
         """Always: this process is the driver, never a worker."""
