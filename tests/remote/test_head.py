@@ -72,6 +72,21 @@ def test_a_cluster_starts_clean_and_ends_whole(package: dict[str, str], monkeypa
     assert not folder.exists()
 
 
+def test_a_cluster_ends_with_its_maker() -> None:
+    """Also when that is killed."""
+    code = """
+import os, signal
+from kfpytorch_ray.testing import HeadCluster
+with HeadCluster(nodes=0) as head:
+    print(head.temp_dir, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    temp_dir = done.stdout.strip()
+    wait_until(lambda: not Path(temp_dir).parent.exists(), "the janitor")
+    assert not [process for process in all_processes() if environment(process).get("TMPDIR") == temp_dir]
+
+
 def test_a_token_is_asked_for(package: dict[str, str]) -> None:
     """Without it the job server refuses; it stands in no command line."""
     token = "s3cret-" * 6
