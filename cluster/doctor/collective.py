@@ -11,7 +11,7 @@ from torch import distributed
 
 from kfpytorch_ray.cluster.doctor.report import LARGE_BYTES, Collective
 
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 30.0
 _TIMES = 3
 
 

@@ -139,4 +139,5 @@ def _shown(ahead: Interval) -> str:
         return f"{ahead.low:.1f} s or more ahead of this machine"
     if ahead.high < -SKEW_S:
         return f"{-ahead.high:.1f} s or more behind this machine"
-    return f"at most {math.ceil(10 * max(abs(ahead.low), abs(ahead.high))) / 10:.1f} s from this machine's"
+    farthest = max(0.1, abs(ahead.low), abs(ahead.high))
+    return f"at most {math.ceil(10 * farthest) / 10:.1f} s from this machine's"

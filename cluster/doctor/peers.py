@@ -25,7 +25,7 @@ from kfpytorch_ray.cluster.doctor.clocks import round_trip
 from kfpytorch_ray.cluster.doctor.report import Interval, Peer
 
 _CONNECT_S = 5.0
-_PATIENCE_S = 30.0
+_PATIENCE_S = 20.0
 """Ranks of a round begin together, but for what their machines make of it."""
 _LOOK_S = 0.1
 _SIOCGIFADDR = 0x8915

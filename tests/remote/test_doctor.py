@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from kfpytorch_ray import RayBackend
 from kfpytorch_ray.cli.doctor import doctor
 from kfpytorch_ray.cluster.remote.client import JobClient, client_of
-from kfpytorch_ray.testing import HeadCluster, wait_until
+from kfpytorch_ray.testing import HeadCluster, NetworkCluster, nothing_left, unavailable, wait_until
 
 Findings = list[dict[str, str]]
 
@@ -155,3 +155,25 @@ def test_a_ray_on_this_machine(tmp_path: Path) -> None:
     said = [one for one in found if one["check"] == "local Ray"]
     assert len(said) == 2
     assert any(one["text"].startswith("2 ranks") for one in said)
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "network namespaces")
+def test_two_nodes_that_cannot_talk_to_each_other() -> None:
+    """Both reach the driver, so the launch runs: the all_reduce fails, and the pair is named. Nothing hangs."""
+    with NetworkCluster(nodes=3) as cluster, nothing_left(cluster.temp_dir):
+        one, other, _ = cluster.nodes
+        # One way is enough: no answer arrives.
+        subprocess.run(["ip", "-n", one.network, "route", "add", "blackhole", other.address], check=True)
+        driver = cluster.start_driver(
+            "import sys\nfrom kfpytorch_ray.cli.group import main\nmain(sys.argv[1:])\n",
+            *("doctor", "--json", "--address", cluster.address),
+            stdout=subprocess.PIPE,
+        )
+        said, _ = driver.communicate(timeout=280)
+        found = json.loads(said)
+    nodes = of(found, "nodes")
+    assert driver.returncode == 1
+    assert nodes["all_reduce gloo"]["level"] == "fail"
+    assert nodes["network"]["level"] == "fail"
+    assert f"{other.address} -> {one.address}" in nodes["network"]["text"]
+    assert "NetworkPolicy" in nodes["network"]["fix"]
