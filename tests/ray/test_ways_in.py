@@ -106,7 +106,7 @@ def job_server() -> Iterator[str]:
 
 @pytest.mark.timeout(600)
 def test_submitted_job(project: Path, environment: dict[str, str], job_server: str) -> None:
-    """``ray job submit`` of a script, or of pyflyte, needs no option: modules travel to real nodes, failures fail it."""
+    """``ray job submit`` of a script, or of pyflyte, needs no option: modules travel to nodes, failures fail it."""
     submit = [str(BIN / "ray"), "job", "submit", f"--address={job_server}", "--working-dir", str(project), "--"]
     entrypoints = (["python", "flow.py"], ["pyflyte", "run", "flow.py", "wf"])
     for entrypoint in entrypoints:
