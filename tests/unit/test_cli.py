@@ -409,7 +409,7 @@ def test_a_cluster_named_for_all_does_not_make_runs_lost(storage: Storage) -> No
     from kfpytorch_ray.cli.reaching import _believed
 
     a_run(storage, "kfr-a")
-    manifest = kfpytorch_ray.runs.read_manifest(storage, "kfr-a") 
+    manifest = kfpytorch_ray.runs.read_manifest(storage, "kfr-a")
     assert str(_believed(RunStatus.LOST, manifest, Reach(address="http://other:1"))) == "unknown (not on this cluster)"
     assert str(_believed(RunStatus.LOST, manifest, Reach(address=HEAD))) == "lost"
     assert str(_believed(RunStatus.RUNNING, manifest, Reach(address="http://other:1"))) == "running"
