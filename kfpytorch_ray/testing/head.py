@@ -183,7 +183,8 @@ class HeadCluster:
         return True
 
     def _gcs_port(self) -> str:
-        ports = Path(self._folder).glob(f"{_HEAD}/session_latest/gcs_server_port_*")
+        # Not what is still being written.
+        ports = Path(self._folder).glob(f"{_HEAD}/session_latest/gcs_server_port_*[!p]")
         return next((port for file in ports if (port := file.read_text(encoding="utf-8").strip())), "")
 
     def _start_head(self) -> _RayStart:
@@ -241,6 +242,8 @@ class _RayStart:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "ray.scripts.scripts", "start", *self._options],
                 env=self._env,
+                # Jobs begin where the head was started, and find what lies there.
+                cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,9 @@ class Tally:
             counts.runs += not report.skipped
             counts.seconds.append(report.duration)
         counts.failed += report.failed
+        if report.failed:
+            # Now, because the end may be an hour away, and the run be given up before it.
+            print(f"\n{report.nodeid}, {report.when}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
         counts.hangs += report.hang
         counts.leftovers += report.leftovers
 
