@@ -11,9 +11,10 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from kfpytorch_ray.adapters import kubeflow_findings
 from kfpytorch_ray.adapters.job_message import RENDEZVOUS_BACKEND, is_plain_pod, job_message
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic
@@ -38,6 +39,7 @@ from kfpytorch_ray.flyte_worker import (
 )
 from kfpytorch_ray.payload import dump_payload, dump_result, importable, load_result
 from kfpytorch_ray.plan import LaunchPlan
+from kfpytorch_ray.pods import TaskArguments
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 
 if TYPE_CHECKING:
@@ -77,6 +79,19 @@ class KubeflowAdapter:
     def custom(self, config: JobConfig) -> dict[str, Any] | None:
         """The PyTorchJob as Flyte's message; None for an elastic job of one node, which needs no operator."""
         return job_message(config)
+
+    def lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
+        """Every field that does not arrive, and why. Upstream's plugin loses the same."""
+        return kubeflow_findings.lost(config, arguments)
+
+    def flyte_manifests(self, template: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+        """The PyTorchJob, or the Pod of a single node, that Flyte makes of a task template."""
+        from kfpytorch_ray.cluster.kube.flyte_execution import FlyteExecution
+        from kfpytorch_ray.cluster.kube.flyte_pod import pod_manifest
+        from kfpytorch_ray.cluster.kube.flyte_pytorchjob import pytorch_job
+
+        render = pod_manifest if template["type"] == SINGLE_NODE_TASK_TYPE else pytorch_job
+        return (render(template, FlyteExecution()),)
 
     def launches(self, config: JobConfig) -> bool:
         """Elastic jobs are launched here; a ``PyTorch`` job's processes by the operator."""

@@ -7,7 +7,8 @@ from urllib.parse import urlsplit
 
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic, one_of
-from kfpytorch_ray.config import ON_INTERRUPT, RayBackend, RestartPolicy
+from kfpytorch_ray.config import ON_INTERRUPT, RayBackend, RayRunOptions, RestartPolicy
+from kfpytorch_ray.pods import TaskArguments
 from kfpytorch_ray.storage import problem_of_uri
 
 _HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout", "last_call_timeout"})
@@ -15,56 +16,87 @@ _HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout", "last_call_timeout"}
 
 def find(config: JobConfig, options: RayBackend) -> Findings:
     """Fields of ``config`` that change nothing on Ray, and fields that would change results if they were ignored."""
-    problems = _option_problems(options)
+    problems = [*_amount_problems(options), *run_option_problems(options), *_remote_problems(options)]
     warnings = _run_policy_warnings(config.run_policy)
     if is_elastic(config):
-        warnings += _elastic_warnings(config)
+        warnings += elastic_warnings(config)
     else:
-        found = _replica_findings(config, options)
+        found = replica_findings(config)
         problems += found.problems
         warnings += found.warnings
+        if options.resources_per_node is not None and _own_resources(config):
+            problems.append(
+                "RayBackend(resources_per_node) would override the resources of master and worker: give one"
+            )
     return Findings(tuple(problems), tuple(warnings))
 
 
-def _option_problems(options: RayBackend) -> list[str]:
-    problems = []
+def lost(config: JobConfig, options: RayBackend, arguments: TaskArguments) -> tuple[str, ...]:
+    """Every field that does not arrive at the nodes of a Ray that is there already, or means something else."""
+    found = [*find(config, options).warnings]
+    if arguments.resources.requests.ephemeral_storage or arguments.resources.limits.ephemeral_storage:
+        found.append("ephemeral_storage counts for the driver's pod only: Ray cannot reserve disk space")
+    found += [
+        f"{name} shapes the driver's pod only: Ray's nodes are there already"
+        for name in ("accelerator", "pod_template", "shared_memory")
+        if getattr(arguments, name)
+    ]
+    return tuple(found)
+
+
+def _amount_problems(options: RayBackend) -> list[str]:
     amounts = options.resources_per_node
-    if amounts is not None and not isinstance(amounts, dict):
-        problems.append(f"RayBackend(resources_per_node) must be a dict of amounts, not {amounts!r}")
-    elif amounts is not None:
-        problems += [
-            f"RayBackend(resources_per_node): {name!r} must be a number that is not negative, not {amount!r}"
-            for name, amount in amounts.items()
-            if not _is_amount(amount)
-        ]
+    if amounts is None:
+        return []
+    if not isinstance(amounts, dict):
+        return [f"RayBackend(resources_per_node) must be a dict of amounts, not {amounts!r}"]
+    return [
+        f"RayBackend(resources_per_node): {name!r} must be a number that is not negative, not {amount!r}"
+        for name, amount in amounts.items()
+        if not _is_amount(amount)
+    ]
+
+
+def run_option_problems(options: RayRunOptions) -> list[str]:
+    """What is wrong with the options that both Ray backends have."""
+    backend = type(options).__name__
+    problems = []
     problems += [
-        f"RayBackend({name}) must be a number of seconds that is not negative"
-        for name in ("stop_grace_s", "checkpoint_grace_s", "grow_cooldown_s", "retention_s", "reconnect_timeout_s")
+        f"{backend}({name}) must be a number of seconds that is not negative"
+        for name in ("stop_grace_s", "checkpoint_grace_s", "grow_cooldown_s")
         if not _is_amount(getattr(options, name))
     ]
     problems += [
-        f"RayBackend({name}) must be a number of seconds greater than 0"
+        f"{backend}({name}) must be a number of seconds greater than 0"
         for name, value in (
             ("silence_timeout_s", options.silence_timeout_s),
             ("hang_timeout_s", options.hang_timeout_s),
-            ("lease_s", options.lease_s),
         )
         if not (_is_amount(value) and value) and not (name != "silence_timeout_s" and value is None)
     ]
     failures = options.max_node_failures
     if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
-        problems.append("RayBackend(max_node_failures) must be a whole number that is not negative")
+        problems.append(f"{backend}(max_node_failures) must be a whole number that is not negative")
     environment = options.env
     if not (
         isinstance(environment, dict) and all(isinstance(text, str) for pair in environment.items() for text in pair)
     ):
-        problems.append("RayBackend(env) must be a dict of strings")
+        problems.append(f"{backend}(env) must be a dict of strings")
     for name in ("carried_environment", "excludes", "preload"):
         value = getattr(options, name)
         # A string is a sequence of strings, too: "HF_*" would carry everything by its last letter.
         if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-            problems.append(f"RayBackend({name}) must be a tuple of strings, not {value!r}")
-    return problems + _remote_problems(options)
+            problems.append(f"{backend}({name}) must be a tuple of strings, not {value!r}")
+    runtime_env = options.runtime_env
+    if runtime_env is not None and not isinstance(runtime_env, dict):
+        problems.append(f"{backend}(runtime_env) must be a dict, not {runtime_env!r}")
+    elif runtime_env is not None:
+        problems += [
+            f"{backend}(runtime_env): give {name!r} as {backend}({name}=...)"
+            for name in ("working_dir", "excludes")
+            if name in runtime_env
+        ]
+    return problems
 
 
 def _remote_problems(options: RayBackend) -> list[str]:
@@ -89,15 +121,13 @@ def _remote_problems(options: RayBackend) -> list[str]:
         problems.append(f"RayBackend(verify) must be True, False or a path, not {options.verify!r}")
     if options.on_interrupt not in ON_INTERRUPT:
         problems.append(f"RayBackend(on_interrupt={options.on_interrupt!r}): expected {one_of(ON_INTERRUPT)}")
-    runtime_env = options.runtime_env
-    if runtime_env is not None and not isinstance(runtime_env, dict):
-        problems.append(f"RayBackend(runtime_env) must be a dict, not {runtime_env!r}")
-    elif runtime_env is not None:
-        problems += [
-            f"RayBackend(runtime_env): give {name!r} as RayBackend({name}=...)"
-            for name in ("working_dir", "excludes")
-            if name in runtime_env
-        ]
+    problems += [
+        f"RayBackend({name}) must be a number of seconds that is not negative"
+        for name in ("retention_s", "reconnect_timeout_s")
+        if not _is_amount(getattr(options, name))
+    ]
+    if options.lease_s is not None and not (_is_amount(options.lease_s) and options.lease_s):
+        problems.append("RayBackend(lease_s) must be a number of seconds greater than 0")
     size = options.max_working_dir_bytes
     if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
         problems.append("RayBackend(max_working_dir_bytes) must be a whole number of bytes greater than 0")
@@ -130,7 +160,8 @@ def _run_policy_warnings(policy: Any) -> list[str]:
     return warnings
 
 
-def _elastic_warnings(config: Any) -> list[str]:
+def elastic_warnings(config: Any) -> list[str]:
+    """Fields of an ``Elastic`` that change nothing on Ray."""
     warnings = []
     # What is no dict of strings is a problem that kfpytorch_ray.checks names.
     keys = config.rdzv_configs.keys() if isinstance(config.rdzv_configs, dict) else ()
@@ -147,7 +178,8 @@ def _own_resources(config: Any) -> bool:
     return any(part is not None for role in (config.master, config.worker) for part in (role.requests, role.limits))
 
 
-def _replica_findings(config: Any, options: RayBackend) -> Findings:
+def replica_findings(config: Any) -> Findings:
+    """Fields of a ``PyTorch`` job's replicas that Ray cannot honour."""
     problems = []
     restarts = False
     for role, replica in (("master", config.master), ("worker", config.worker)):
@@ -162,8 +194,6 @@ def _replica_findings(config: Any, options: RayBackend) -> Findings:
     roles = {replica.restart_policy.value for replica in (config.master, config.worker) if replica.restart_policy}
     if {RestartPolicy.NEVER.value, RestartPolicy.FAILURE.value} <= roles:
         problems.append("restart_policy: on Ray all replicas restart together, so both roles need the same one")
-    if options.resources_per_node is not None and _own_resources(config):
-        problems.append("RayBackend(resources_per_node) would override the resources of master and worker: give one")
     backoff_limit = None if config.run_policy is None else config.run_policy.backoff_limit
     if restarts and backoff_limit is None:
         problems.append("restart_policy FAILURE needs run_policy.backoff_limit on Ray: how often may the group start?")

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,11 @@ from kfpytorch_ray.adapters import ray_findings
 from kfpytorch_ray.adapters.job_message import job_message
 from kfpytorch_ray.backends import Findings, JobConfig, require_package
 from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.doctor.finding import Finding
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.payload import dump_payload, import_root
 from kfpytorch_ray.plan import LaunchPlan
+from kfpytorch_ray.pods import TaskArguments
 from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
@@ -54,6 +56,17 @@ class RayAdapter:
     def custom(self, config: JobConfig) -> dict[str, Any] | None:
         """The job as upstream describes it, for the record: Flyte runs a plain pod and does not read it."""
         return job_message(config)
+
+    def lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
+        """Every field that does not arrive, and why."""
+        return ray_findings.lost(config, self._options, arguments)
+
+    def flyte_manifests(self, template: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+        """The Pod that Flyte makes of a task template: the driver's."""
+        from kfpytorch_ray.cluster.kube.flyte_execution import FlyteExecution
+        from kfpytorch_ray.cluster.kube.flyte_pod import pod_manifest
+
+        return (pod_manifest(template, FlyteExecution()),)
 
     def launches(self, config: JobConfig) -> bool:
         """Always: this process is the driver, never a worker."""
@@ -171,6 +184,30 @@ class RayAdapter:
 
         folder = run_folder(storage_of(manifest.storage), manifest.run_id)
         return RemoteRun(manifest, folder, self._options, self._options.address or manifest.address)
+
+    def examine(self, wait_s: float) -> Iterator[Finding]:
+        """Look at the cluster that a launch would run on.
+
+        Raises:
+            BackendUnavailableError: Ray is not installed.
+        """
+        require_package("ray", "ray", INSTALL)
+        from kfpytorch_ray.cluster.doctor.examination import examine_joined, examine_remote
+
+        if (address := self._remote_address()) is not None:
+            return examine_remote(self._options, address, wait_s)
+        return examine_joined(self._options, wait_s)
+
+    def examine_here(self, wait_s: float) -> Iterator[Finding]:
+        """Start a Ray on this machine and launch on it.
+
+        Raises:
+            BackendUnavailableError: Ray is not installed.
+        """
+        require_package("ray", "ray", INSTALL)
+        from kfpytorch_ray.cluster.doctor.examination import examine_local
+
+        return examine_local(wait_s)
 
     def _submit(self, plan: LaunchPlan, address: str) -> RemoteRun:
         from kfpytorch_ray.cluster.remote.submission import look, submit

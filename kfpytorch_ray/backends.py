@@ -38,6 +38,7 @@ ENTRY_POINT_GROUP = "kfpytorch_ray.adapters"
 _ADAPTERS: Mapping[str, str] = {
     "kubeflow": "kfpytorch_ray.adapters.kubeflow:KubeflowAdapter",
     "ray": "kfpytorch_ray.adapters.raycluster:RayAdapter",
+    "kuberay": "kfpytorch_ray.adapters.kuberay:KubeRayAdapter",
 }
 
 JobConfig = Elastic | PyTorch

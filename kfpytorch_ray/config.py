@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from flyteidl.plugins.kubeflow import common_pb2 as kubeflow_common
-from flytekit import Resources
+from flytekit import PodTemplate, Resources
 
 DEFAULT_TIMEOUT_S = 900
 """Upstream's default for both rendezvous time-outs: nodes may still have to be started and images pulled."""
@@ -156,30 +156,18 @@ class KubeflowBackend:
     name: ClassVar[str] = "kubeflow"
 
 
-@dataclass
-class RayBackend:
-    """Run on Ray: one elastic agent actor per node.
+@dataclass(kw_only=True)
+class RayRunOptions:
+    """What concerns a run on Ray, whoever made the Ray: shared by ``RayBackend`` and ``KubeRayBackend``.
 
     Args:
-        address: Which Ray. None: the one that is initialised, else ``RAY_ADDRESS``, else one started here.
-            ``"local"``: one that this process started or starts now; ``"auto"`` or ``"HOST:PORT"`` (of the GCS): a
-            cluster that this machine belongs to; ``"http://HOST:8265"`` or ``"https://..."`` (of the job API, Ray's
-            dashboard): a cluster that is elsewhere, where the launch is submitted as a Ray job. That needs ``storage``.
-        resources_per_node: Ray resources of one node, for example ``{"CPU": 16, "GPU": 8, "memory": 2**36}``
-            (memory in bytes; any custom resource). None: the task's requests and limits, else one CPU per worker.
         env: Environment variables of the workers; they win over the task's ``environment`` and the driver's.
         carried_environment: Shell patterns of the driver's variables that workers get.
-        working_dir: Folder that is sent to the cluster so that workers can import the user's modules. None: the
-            current directory, unless the Ray job already has one. ``""``: send nothing. Only a launch that joins the
-            cluster itself can send it; under a ``ray.init()`` of the user's, its ``runtime_env`` does. On a Ray that
-            runs on this machine only, nothing is sent and the driver's ``sys.path`` is used.
+        working_dir: Folder that is sent to the cluster so that workers can import the user's modules. ``""``: send
+            nothing. None: as the backend says.
         excludes: gitignore patterns that are left out of ``working_dir``.
-        max_working_dir_bytes: Largest ``working_dir`` that is sent to a remote cluster. More than 100 MiB Ray's job API
-            does not take.
         runtime_env: Ray's runtime environment of the job: ``pip``, ``py_modules``, ``env_vars`` and the rest, in Ray's
             words, but for ``working_dir`` and ``excludes``. Ray's dashboard shows it: secrets belong into ``env``.
-        autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
-            until the join timeout, instead of being refused at once.
         stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
         preload: Modules that the fork server imports before the first worker, besides torch and flytekit.
         max_node_failures: Lost agents and nodes after which the task fails, counted apart from ``max_restarts``.
@@ -191,6 +179,41 @@ class RayBackend:
         grow_cooldown_s: Shortest time that a round runs before it is ended because more nodes have arrived.
         hang_timeout_s: Seconds without ``kfpytorch_ray.progress()`` or a checkpoint by any rank after which the round
             fails, with the stacks of all ranks. None: no limit.
+    """
+
+    env: dict[str, str] = field(default_factory=dict)
+    carried_environment: tuple[str, ...] = DEFAULT_CARRIED_ENVIRONMENT
+    working_dir: str | None = None
+    excludes: tuple[str, ...] = DEFAULT_WORKING_DIR_EXCLUDES
+    stop_grace_s: float = 5.0
+    preload: tuple[str, ...] = ()
+    max_node_failures: int = 3
+    silence_timeout_s: float = 15.0
+    checkpoint_grace_s: float = 30.0
+    grow_cooldown_s: float = 60.0
+    hang_timeout_s: float | None = None
+    runtime_env: dict[str, Any] | None = None
+
+
+@dataclass
+class RayBackend(RayRunOptions):
+    """Run on a Ray that can be reached: one elastic agent actor per node.
+
+    ``working_dir=None`` sends the current directory, unless the Ray job already has one. Only a launch that joins the
+    cluster itself can send it; under a ``ray.init()`` of the user's, its ``runtime_env`` does. On a Ray that runs on
+    this machine only, nothing is sent and the driver's ``sys.path`` is used.
+
+    Args:
+        address: Which Ray. None: the one that is initialised, else ``RAY_ADDRESS``, else one started here.
+            ``"local"``: one that this process started or starts now; ``"auto"`` or ``"HOST:PORT"`` (of the GCS): a
+            cluster that this machine belongs to; ``"http://HOST:8265"`` or ``"https://..."`` (of the job API, Ray's
+            dashboard): a cluster that is elsewhere, where the launch is submitted as a Ray job. That needs ``storage``.
+        resources_per_node: Ray resources of one node, for example ``{"CPU": 16, "GPU": 8, "memory": 2**36}``
+            (memory in bytes; any custom resource). None: the task's requests and limits, else one CPU per worker.
+        autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
+            until the join timeout, instead of being refused at once.
+        max_working_dir_bytes: Largest ``working_dir`` that is sent to a remote cluster. More than 100 MiB Ray's job API
+            does not take.
         storage: Folder that this machine and the cluster both reach, as an fsspec URI (``"s3://bucket/prefix"``, or a
             local path on a disk that they share). The call travels there and the results come back by it. None: the
             variable ``KFPYTORCH_RAY_STORAGE``. Whoever can write there can run code here and there. For a remote
@@ -204,26 +227,15 @@ class RayBackend:
             on without this process, until somebody attaches to it again.
         retention_s: Seconds after which ``kfpytorch-ray gc`` may remove what a run has left in ``storage``.
         reconnect_timeout_s: Seconds for which a lost connection to the cluster is tried again before it is an error.
+        **options: As in ``RayRunOptions``.
     """
 
     name: ClassVar[str] = "ray"
 
     address: str | None = None
     resources_per_node: dict[str, float] | None = None
-    env: dict[str, str] = field(default_factory=dict)
-    carried_environment: tuple[str, ...] = DEFAULT_CARRIED_ENVIRONMENT
-    working_dir: str | None = None
-    excludes: tuple[str, ...] = DEFAULT_WORKING_DIR_EXCLUDES
     autoscaling: bool = False
-    stop_grace_s: float = 5.0
-    preload: tuple[str, ...] = ()
-    max_node_failures: int = 3
-    silence_timeout_s: float = 15.0
-    checkpoint_grace_s: float = 30.0
-    grow_cooldown_s: float = 60.0
-    hang_timeout_s: float | None = None
     max_working_dir_bytes: int = DEFAULT_MAX_WORKING_DIR_BYTES
-    runtime_env: dict[str, Any] | None = None
     storage: str | None = None
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     verify: bool | str = True
@@ -231,6 +243,39 @@ class RayBackend:
     lease_s: float | None = None
     retention_s: float = DEFAULT_RETENTION_S
     reconnect_timeout_s: float = 600.0
+
+
+@dataclass(kw_only=True)
+class KubeRayBackend(RayRunOptions):
+    """Run on a Ray cluster that KubeRay makes for the task: under Flyte, by its ``ray`` plugin (Flyte 1.14 or later).
+
+    The task's requests and limits are those of one Ray worker pod, in which one node's workers run. The driver runs on
+    the head pod, which has no GPU and takes no workers. ``working_dir=None`` sends fast registration's code, and
+    nothing where the code is in the image.
+
+    Args:
+        head_requests: Resources of the head pod. None: 1 CPU and 4Gi.
+        head_limits: Limits of the head pod. None: what it requests.
+        head_pod_template: What else the head pod has; its primary container is Ray's.
+        worker_pod_template: What else worker pods have: node selectors, tolerations, volumes, labels, ...; the primary
+            container is Ray's. ``@task(pod_template=...)`` shapes all pods alike.
+        head_start_params: Parameters of ``ray start`` on the head, without dashes.
+        worker_start_params: Parameters of ``ray start`` on worker pods.
+        idle_timeout_s: Seconds after which Ray's autoscaler gives an idle node of a range back. None: its default.
+        gpu_resource: What the cluster calls a GPU.
+        **options: As in ``RayRunOptions``.
+    """
+
+    name: ClassVar[str] = "kuberay"
+
+    head_requests: Resources | None = None
+    head_limits: Resources | None = None
+    head_pod_template: PodTemplate | None = None
+    worker_pod_template: PodTemplate | None = None
+    head_start_params: dict[str, str] = field(default_factory=dict)
+    worker_start_params: dict[str, str] = field(default_factory=dict)
+    idle_timeout_s: int | None = None
+    gpu_resource: str = "nvidia.com/gpu"
 
 
 @dataclass

@@ -168,7 +168,7 @@ def node_resources(spec: ResourceSpec | None, *, workers: int) -> NodeResources:
         if kind not in asked:
             continue
         try:
-            amount = _amount(asked[kind])
+            amount = amount_of(asked[kind])
             # Ray counts whole bytes.
             amounts[ray_name] = float(math.ceil(amount)) if kind == "mem" else amount
         except (ValueError, ArithmeticError):
@@ -234,7 +234,12 @@ def _own_resources(replica: Any) -> ResourceSpec | None:
     return ResourceSpec(requests=replica.requests or Resources(), limits=replica.limits or Resources())
 
 
-def _amount(quantity: str | float) -> float:
+def amount_of(quantity: str | float) -> float:
+    """A Kubernetes quantity as a number.
+
+    Raises:
+        ValueError: Not a quantity; an ArithmeticError where it is too large to be one.
+    """
     if isinstance(quantity, int | float):
         return float(quantity)
     from kubernetes.utils import parse_quantity

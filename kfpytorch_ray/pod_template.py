@@ -7,6 +7,7 @@ user is copied and never changed, so that several tasks may share one.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from flytekit.core.pod_template import PodTemplate
 
@@ -50,3 +51,19 @@ def with_shared_memory(template: PodTemplate | None) -> PodTemplate:
 def copy_template(template: PodTemplate | None) -> PodTemplate | None:
     """A copy of a template that belongs to one task."""
     return copy.deepcopy(template)
+
+
+def primary_container(template: PodTemplate) -> Any:
+    """The container of a template that runs the task; None if flytekit has to add it."""
+    containers = (template.pod_spec and template.pod_spec.containers) or []
+    return next((container for container in containers if container.name == template.primary_container_name), None)
+
+
+def as_manifest(template: PodTemplate | None) -> dict[str, Any]:
+    """The pod spec of a template in Kubernetes's own words; empty without one."""
+    if template is None or template.pod_spec is None:
+        return {}
+    from kubernetes.client import ApiClient
+
+    manifest: dict[str, Any] = ApiClient().sanitize_for_serialization(template.pod_spec)
+    return manifest

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from kfpytorch_ray.backends import Adapter, BackendChoice, JobConfig, choose_backend, load_adapter
 from kfpytorch_ray.checks import problems_of
 from kfpytorch_ray.errors import BackendUnavailableError, ConfigError
+from kfpytorch_ray.pod_template import shared_memory_problems
+from kfpytorch_ray.pods import ShapesPods, TaskArguments
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +26,28 @@ class Job:
         config: The user's.
         choice: The backend.
         adapter: Its adapter.
+        adds_shared_memory: Whether the task's pod template has to mount a volume at /dev/shm.
     """
 
     config: JobConfig
     choice: BackendChoice
     adapter: Adapter
+    adds_shared_memory: bool = False
 
 
-def admit(config: JobConfig, environment: Mapping[str, str] | None = None, problems: tuple[str, ...] = ()) -> Job:
+def admit(
+    config: JobConfig,
+    environment: Mapping[str, str] | None = None,
+    problems: tuple[str, ...] = (),
+    arguments: TaskArguments | None = None,
+) -> Job:
     """Check a config and choose its backend. What the backend ignores is logged, once per job.
 
     Args:
         config: ``Elastic`` or ``PyTorch``, ours or upstream's.
         environment: The task's environment variables.
         problems: What the caller found already.
+        arguments: What stands beside the config in ``@task(...)``; None outside a task.
 
     Raises:
         ConfigError: Lists every problem.
@@ -57,8 +67,17 @@ def admit(config: JobConfig, environment: Mapping[str, str] | None = None, probl
     findings = adapter.check(config)
     # A field that is wrong for everyone need not be said to be wrong for this backend too.
     found.extend(problem for problem in findings.problems if problem not in found)
+    warnings = [*findings.warnings]
+    adds_shared_memory = False
+    if arguments is not None and isinstance(adapter, ShapesPods):
+        beside = adapter.check_arguments(config, arguments)
+        found.extend(beside.problems)
+        warnings.extend(beside.warnings)
+    elif arguments is not None:
+        adds_shared_memory = config.increase_shared_mem and arguments.shared_memory in (None, False)
+        found.extend(shared_memory_problems(arguments.pod_template) if adds_shared_memory else ())
     if found:
         raise ConfigError(type(config).__name__, tuple(found))
-    for warning in dict.fromkeys(findings.warnings):
+    for warning in dict.fromkeys(warnings):
         logger.warning("%s", warning)
-    return Job(config, choice, adapter)
+    return Job(config, choice, adapter, adds_shared_memory)

@@ -6,7 +6,10 @@ only here are our errors turned into Flyte's. flytekit imports this module by th
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
+import os
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +18,8 @@ import flytekit
 from flytekit import PythonFunctionTask
 from flytekit.configuration import SerializationSettings
 from flytekit.core.context_manager import FlyteContextManager
+from flytekit.core.pod_template import PodTemplate
+from flytekit.core.resources import ResourceSpec, convert_resources_to_resource_model
 from flytekit.deck.deck import TimeLineDeck
 from flytekit.exceptions.base import FlyteException
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
@@ -22,7 +27,16 @@ from flytekit.extend import IgnoreOutputs, TaskPlugins
 
 from kfpytorch_ray.backends import BACKEND_VARIABLE
 from kfpytorch_ray.checks import parse_nnodes
-from kfpytorch_ray.config import CleanPodPolicy, Elastic, Master, PyTorch, RestartPolicy, RunPolicy, Worker
+from kfpytorch_ray.config import (
+    BackendOptions,
+    CleanPodPolicy,
+    Elastic,
+    Master,
+    PyTorch,
+    RestartPolicy,
+    RunPolicy,
+    Worker,
+)
 from kfpytorch_ray.errors import (
     TORCH_IMPORT_ERROR_MESSAGE,
     KfpytorchRayError,
@@ -40,7 +54,8 @@ from kfpytorch_ray.planning import (
     plan_pytorch,
     warn_of_unreservable,
 )
-from kfpytorch_ray.pod_template import copy_template, shared_memory_problems, with_shared_memory
+from kfpytorch_ray.pod_template import copy_template, with_shared_memory
+from kfpytorch_ray.pods import ShapesPods, TaskArguments, nothing_asked
 from kfpytorch_ray.preflight import Job, admit
 from kfpytorch_ray.results import ElasticWorkerResult
 from kfpytorch_ray.routing import ROUTE_VARIABLE, route_if_switched_on
@@ -62,6 +77,9 @@ __all__ = [
 
 CONFIG_KEY = "kfpytorch_ray.backend"
 """Key in a task template's ``config`` that names the backend where it is not the default."""
+
+RESOURCES_VARIABLE = "KFPYTORCH_RAY_RESOURCES"
+"""Resources of the project or of ``pyflyte run``, which the container of a ``ShapesPods`` backend would not know of."""
 
 C = TypeVar("C", Elastic, PyTorch)
 
@@ -87,10 +105,9 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         environment: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
-        template = kwargs.get("pod_template")
-        enlarge = task_config.increase_shared_mem and kwargs.get("shared_memory") in (None, False)
         self._own_environment = dict(environment or {})
-        self._job = admit(task_config, self._own_environment, shared_memory_problems(template) if enlarge else ())
+        self._arguments = TaskArguments.of(kwargs, self._own_environment)
+        self._job = admit(task_config, self._own_environment, arguments=self._arguments)
         super().__init__(
             task_config=task_config,
             task_function=task_function,
@@ -100,16 +117,24 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
             environment=self._recorded_environment(),
             **kwargs,
         )
-        self.pod_template = with_shared_memory(template) if enlarge else copy_template(template)
+        self.pod_template = self._own_pod_template()
 
     @property
     def job(self) -> Job:
         """The config and its backend; asked for again after ``with_overrides(task_config=...)``."""
         if self.task_config is not self._job.config:
-            self._job = admit(self.task_config, self._own_environment)
+            before = self._job.adds_shared_memory
+            self._job = admit(self.task_config, self._own_environment, arguments=self._arguments)
             self._task_type = self._job.adapter.task_type(self.task_config)
             self._environment = self._recorded_environment()
+            if self._job.adds_shared_memory != before:
+                self.pod_template = self._own_pod_template()
         return self._job
+
+    @property
+    def arguments(self) -> TaskArguments:
+        """What stands beside the config; resources as they are now, for flytekit lays a project's defaults under."""
+        return dataclasses.replace(self._arguments, resources=self.resources)
 
     @property
     def task_type(self) -> str:
@@ -123,9 +148,22 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         recorded: dict[str, str] = self._environment
         return recorded
 
+    @property
+    def pod_template(self) -> PodTemplate | None:
+        """The user's, with a volume at /dev/shm where the backend does not mount one."""
+        _ = self.job
+        return self._pod_template
+
+    @pod_template.setter
+    def pod_template(self, template: PodTemplate | None) -> None:
+        self._pod_template = template
+
     def get_custom(self, settings: SerializationSettings) -> dict[str, Any] | None:
         """The ``custom`` field of the task template, as the backend wants it."""
-        custom = self.job.adapter.custom(self.task_config)
+        adapter = self.job.adapter
+        if isinstance(adapter, ShapesPods):
+            return adapter.custom_for(self.task_config, self.arguments)
+        custom = adapter.custom(self.task_config)
         if custom is not None:
             return custom
         inherited: dict[str, Any] | None = super().get_custom(settings)
@@ -136,6 +174,21 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         config = dict(super().get_config(settings) or {})
         choice = self.job.choice
         return config if choice.is_default else {**config, CONFIG_KEY: choice.name}
+
+    def on_backend(self, backend: str | BackendOptions) -> _TorchTask[C]:
+        """A copy of this task on another backend; this one stays as it is.
+
+        Args:
+            backend: As in the config. For upstream's config classes only a name.
+        """
+        other = copy.copy(self)
+        if hasattr(self.task_config, "backend"):
+            other._task_config = dataclasses.replace(self.task_config, backend=backend)
+        else:
+            name = backend if isinstance(backend, str) else backend.name
+            other._own_environment = {**self._own_environment, BACKEND_VARIABLE: name}
+            other._task_config = copy.copy(self.task_config)
+        return other
 
     @abstractmethod
     def plan(self, call: Call) -> LaunchPlan:
@@ -150,7 +203,7 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
             IgnoreOutputs: Rank 0 ran in another pod, whose outputs count.
         """
         context = current_context()
-        if not self.job.choice.is_default:
+        if not self.job.choice.is_default and not isinstance(self.job.adapter, ShapesPods):
             warn_of_unreservable(self.resources)
         plan = self.plan(
             Call(
@@ -160,7 +213,7 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
                 args=(),
                 kwargs=kwargs,
                 context=context,
-                resources=self.resources,
+                resources=self._registered_resources(),
                 environment=self.environment,
             )
         )
@@ -174,12 +227,35 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         _hand_over(first)
         return first.return_value
 
+    def _get_container(self, settings: SerializationSettings) -> Any:
+        """The task's container, which flytekit also lays over ``pod_template``."""
+        container = super()._get_container(settings)
+        adapter = self.job.adapter
+        if isinstance(adapter, ShapesPods):
+            own = adapter.container_resources(self.task_config, self.arguments)
+            container._resources = convert_resources_to_resource_model(own.requests, own.limits)
+            if self.resources != self._arguments.resources:
+                container._env = {**(container.env or {}), RESOURCES_VARIABLE: self.resources.to_json()}
+        return container
+
+    def _registered_resources(self) -> ResourceSpec:
+        """The task's own resources, else those that it was registered with by default."""
+        recorded = os.environ.get(RESOURCES_VARIABLE)
+        if recorded and isinstance(self.job.adapter, ShapesPods) and self.resources == nothing_asked():
+            return ResourceSpec.from_json(recorded)
+        return self.resources
+
+    def _own_pod_template(self) -> PodTemplate | None:
+        template = self._arguments.pod_template
+        return with_shared_memory(template) if self._job.adds_shared_memory else copy_template(template)
+
     def _recorded_environment(self) -> dict[str, str]:
         """The user's variables, and the choice: the container does not share the registering shell's environment."""
         choice = self._job.choice
         recorded = dict(self._own_environment)
         if choice.is_default:
-            return recorded
+            # Only where the variable is there already: what upstream registers has none.
+            return {**recorded, BACKEND_VARIABLE: choice.name} if BACKEND_VARIABLE in recorded else recorded
         recorded[BACKEND_VARIABLE] = choice.name
         if not isinstance(self._job.config, Elastic | PyTorch):
             recorded[ROUTE_VARIABLE] = "1"

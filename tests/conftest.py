@@ -26,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chaos")
     group.addoption("--chaos-runs", type=int, default=2, help="how often each row of the failure table is broken")
     group.addoption("--chaos-seed", type=int, default=None, help="of what is left to chance; the summary shows it")
+    parser.addoption(
+        "--renew-golden", action="store_true", help="write the rendered manifests instead of comparing them"
+    )
 
 
 @pytest.fixture

@@ -23,7 +23,14 @@ from ray.exceptions import AuthenticationError as RayAuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.errors import AuthenticationError, ClusterError, ClusterUnreachableError, ConfigError, explain
+from kfpytorch_ray.errors import (
+    AuthenticationError,
+    ClusterError,
+    ClusterUnreachableError,
+    ConfigError,
+    KfpytorchRayError,
+    explain,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +39,9 @@ READ_TIMEOUT_S = 60.0
 """The job server answers a submission only when an agent has taken it, which it waits for up to 30 s."""
 
 _LOOK_S = 0.25
+
+_WATCHED_S = 3.0
+"""How long Ray may take to notice that a job is over, on a machine that is busy."""
 
 _GCS_PORT = 6379
 _RAY_CLIENT_PORT = 10001
@@ -103,6 +113,18 @@ class JobClient(JobSubmissionClient):
             self._raise_error(answer)
         return JobDetails(**answer.json())
 
+    def submit_job(self, **job: Any) -> str:
+        """Have the cluster run a job; see Ray's ``JobSubmissionClient``.
+
+        Raises:
+            ConfigError: Ray does not take the runtime environment.
+            ClusterError: The cluster cannot be reached, or does not take the job.
+        """
+        try:
+            return str(super().submit_job(**job))
+        except (TypeError, ValueError) as error:
+            raise ConfigError("RayBackend", (f"runtime_env: {error}",)) from error
+
     def wait_until_over(self, submission_id: str, timeout_s: float | None = None) -> JobDetails:
         """Wait until a job will not run any more.
 
@@ -118,6 +140,20 @@ class JobClient(JobSubmissionClient):
                 raise TimeoutError(msg)
             pause.wait(_LOOK_S)
         return job
+
+    def forget(self, submission_id: str) -> None:
+        """Take a job that is over off the cluster's list, in a moment and from another thread.
+
+        Ray's own watch over a job looks once a second. A job that is removed before its last look is written anew, as
+        one that has failed. This process does not end before it is done.
+        """
+        threading.Timer(_WATCHED_S, self._forget, (submission_id,)).start()
+
+    def _forget(self, submission_id: str) -> None:
+        try:
+            self.delete_job(submission_id)
+        except KfpytorchRayError as error:
+            logger.info("The job %s stays on the list of %s: %s", submission_id, self.address, error)
 
     def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
         """One request.

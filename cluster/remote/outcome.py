@@ -21,7 +21,6 @@ import ray
 
 from kfpytorch_ray.cluster.causes import failures, root_cause
 from kfpytorch_ray.cluster.failures import rebuilt_exception
-from kfpytorch_ray.cluster.fetching import rebuilt_result
 from kfpytorch_ray.cluster.launching import Launched
 from kfpytorch_ray.cluster.spool import map_spooled
 from kfpytorch_ray.errors import KfpytorchRayError, LaunchError, ResultError, RunStoppedError, WorkerFailedError
@@ -108,6 +107,9 @@ class Downloads:
         digest = self._outcome.result_digest(rank)
         if digest == _NOTHING:
             return ElasticWorkerResult(None, [], None)
+        # With it comes torch, which neither a driver nor a look at a run needs.
+        from kfpytorch_ray.cluster.fetching import rebuilt_result
+
         with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as folder:
             path = Path(folder, "result")
             self._folder.download(_name(rank), path, digest)

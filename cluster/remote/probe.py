@@ -102,8 +102,12 @@ def _run(client: JobClient, folder: Storage, question: str, runtime_env: dict[st
         client.stop_job(job_id)
         raise
     if job.status.value != "SUCCEEDED":
-        raise _why_it_failed(client, folder, str(client.get_job_logs(job_id)), str(job.message))
-    client.delete_job(job_id)
+        failure = _why_it_failed(client, folder, str(client.get_job_logs(job_id)), str(job.message))
+        if isinstance(failure, StorageError | VersionMismatchError):
+            # All that its log tells has been told.
+            client.forget(job_id)
+        raise failure
+    client.forget(job_id)
 
 
 def _why_it_failed(client: JobClient, folder: Storage, log: str, message: str) -> KfpytorchRayError:

@@ -44,7 +44,7 @@ class ExitCode(IntEnum):
 
 MEANINGS: Mapping[ExitCode, str] = {
     ExitCode.OK: "done",
-    ExitCode.FAILED: "the training failed",
+    ExitCode.FAILED: "the training failed, or a check of doctor",
     ExitCode.MISUSE: "wrong use: an option, an argument, no such run, a result taken before",
     ExitCode.NO_NODES: "nodes or the cluster were not to be had, or were lost: try again",
     ExitCode.UNREACHABLE: "the cluster or the storage cannot be reached, or refuses",

@@ -13,6 +13,7 @@ from typing import Any
 import rich_click as click
 
 from kfpytorch_ray.cli.clean import gc
+from kfpytorch_ray.cli.doctor import doctor
 from kfpytorch_ray.cli.exit_codes import ExitCode, described, exit_code_of
 from kfpytorch_ray.cli.look import list_, logs, status
 from kfpytorch_ray.cli.options import verbose_option
@@ -64,5 +65,6 @@ for _command in (
     cancel,
     result,
     gc,
+    doctor,
 ):
     main.add_command(_command)

@@ -14,6 +14,7 @@
 Nothing in kfpytorch_ray imports this package. Linux only: it reads /proc.
 """
 
+from kfpytorch_ray.testing.far import Laptop
 from kfpytorch_ray.testing.faults import (
     drain_node,
     find_agent,
@@ -28,18 +29,22 @@ from kfpytorch_ray.testing.faults import (
 from kfpytorch_ray.testing.head import HeadCluster
 from kfpytorch_ray.testing.laptop import LaptopCluster
 from kfpytorch_ray.testing.leftovers import Leftovers, left_after, nothing_left
-from kfpytorch_ray.testing.network import NetworkCluster, unavailable
+from kfpytorch_ray.testing.namespaces import unavailable
+from kfpytorch_ray.testing.network import NetworkCluster
 from kfpytorch_ray.testing.node import Node
+from kfpytorch_ray.testing.relay import Relay
 from kfpytorch_ray.testing.running import RunningAgent, RunningRank, reached, running_agents, running_ranks
 from kfpytorch_ray.testing.waiting import FaultError, meanwhile, wait_until
 
 __all__ = [
     "FaultError",
     "HeadCluster",
+    "Laptop",
     "LaptopCluster",
     "Leftovers",
     "NetworkCluster",
     "Node",
+    "Relay",
     "RunningAgent",
     "RunningRank",
     "drain_node",

@@ -6,49 +6,24 @@ import contextlib
 import itertools
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, final
 
 from kfpytorch_ray.errors import explain
-from kfpytorch_ray.testing.janitor import MARK_VARIABLE, end_cluster, janitor, remove_network
+from kfpytorch_ray.testing.janitor import MARK_VARIABLE, end_cluster, janitor
 from kfpytorch_ray.testing.laptop import ENVIRONMENT
+from kfpytorch_ray.testing.namespaces import INTERFACE, Network, unavailable
 from kfpytorch_ray.testing.node import Node, raylet_among
 from kfpytorch_ray.testing.processes import in_network
 from kfpytorch_ray.testing.waiting import FaultError
 
 _GCS_PORT = 6379
 _HEAD = 1
-_INTERFACE = "eth0"
-"""In every namespace. Named to gloo, which would go by the host's name, and that has no address there."""
-_START_TIMEOUT_S = 120.0
-_numbers = itertools.count()
-
-
-@cache
-def unavailable() -> str:
-    """Why this machine cannot have a ``NetworkCluster``; empty where it can."""
-    if sys.platform != "linux":
-        return "network namespaces are Linux's"
-    if shutil.which("ip") is None:
-        return "the command ip is missing; on Debian: apt-get install iproute2"
-    if os.geteuid() != 0:
-        return "making network namespaces needs root"
-    probe = f"kfr{os.getpid()}-probe"
-    try:
-        _ip("netns", "add", probe)
-        _ip("-n", probe, "link", "add", "probe", "type", "bridge")
-    except FaultError as error:
-        return f"this machine refuses network namespaces: {error}"
-    finally:
-        remove_network(f"kfr{os.getpid()}")
-    return ""
 
 
 @final
@@ -79,11 +54,8 @@ class NetworkCluster:
         self._resources = dict(resources or {})
         self._nodes: list[Node] = []
         self._undo = contextlib.ExitStack()
-        # Unique among all processes; names of interfaces have at most 15 characters.
-        self._name = f"kfr{os.getpid()}{'abcdefghij'[next(_numbers) % 10]}"
-        self._subnet = f"10.{64 + (os.getpid() >> 8) % 128}.{os.getpid() % 256}"
+        self._network = Network()
         self._folder = ""
-        self._head = ""
         self._hosts = itertools.count(_HEAD + 1)
 
     def __enter__(self) -> NetworkCluster:
@@ -104,12 +76,10 @@ class NetworkCluster:
         self._folder = tempfile.mkdtemp(prefix="kfr-", dir="/tmp")
         undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
         Path(self.temp_dir).mkdir()
-        undo.enter_context(janitor(self._folder, self._name))
-        undo.callback(remove_network, self._name)
-        _ip("link", "add", self._name, "type", "bridge")
-        _ip("link", "set", self._name, "up")
+        undo.enter_context(janitor(self._folder, self._network.name))
+        self._network.create(undo)
         undo.callback(end_cluster, self._folder)
-        self._head = self._make_namespace(_HEAD)
+        self._network.add(_HEAD)
         options = ("--head", f"--port={_GCS_PORT}", "--include-dashboard=false", f"--temp-dir={self._folder}")
         self._start_ray(_HEAD, *options, "--num-cpus=0")
         for _ in range(self._first_nodes):
@@ -121,7 +91,7 @@ class NetworkCluster:
     @property
     def address(self) -> str:
         """``HOST:PORT`` of the cluster's GCS, which only processes in its namespaces reach."""
-        return f"{self._subnet}.1:{_GCS_PORT}"
+        return f"{self._network.address(_HEAD)}:{_GCS_PORT}"
 
     @property
     def temp_dir(self) -> str:
@@ -136,20 +106,21 @@ class NetworkCluster:
     def add_node(self) -> Node:
         """Start one more node and wait until it has joined."""
         host = next(self._hosts)
-        namespace = self._make_namespace(host)
+        self._network.add(host)
         amounts = (f"--num-cpus={self._cpus_per_node}", f"--resources={json.dumps(self._resources)}")
         self._start_ray(host, f"--address={self.address}", *amounts)
+        namespace = self._network.namespace(host)
         node = Node.of_raylet(raylet_among(in_network(namespace)), namespace)
         self._nodes.append(node)
         return node
 
     def cut(self, node: Node) -> None:
         """Cut a node off from all others: nothing that it sends arrives, and nobody is told."""
-        _ip("link", "set", self._link_of(node), "down")
+        self._network.cut(self._host_of(node))
 
     def heal(self, node: Node) -> None:
         """Undo ``cut``."""
-        _ip("link", "set", self._link_of(node), "up")
+        self._network.heal(self._host_of(node))
 
     def start_driver(self, script: str | os.PathLike[str], *args: str, **options: Any) -> subprocess.Popen[str]:
         """Start a Python script in the head's namespace, with ``RAY_ADDRESS`` set. It is killed with the cluster.
@@ -162,29 +133,10 @@ class NetworkCluster:
         Returns:
             The process; signals sent to it reach Python.
         """
-        path = os.fspath(script)
-        if "\n" in path:
-            descriptor, path = tempfile.mkstemp(suffix=".py", dir=self._folder)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(os.fspath(script))
         environment = {**self._environment, **(options.pop("env", None) or {}), "RAY_ADDRESS": self.address}
-        driver = ["ip", "netns", "exec", self._head, sys.executable, path, *args]
-        return subprocess.Popen(driver, env=environment, text=True, **options)
+        return self._network.start_python(_HEAD, script, args, self._folder, env=environment, **options)
 
-    def _make_namespace(self, host: int) -> str:
-        namespace, link = f"{self._name}-{host}", f"{self._name}v{host}"
-        _ip("netns", "add", namespace)
-        _ip("link", "add", link, "type", "veth", "peer", "name", _INTERFACE, "netns", namespace)
-        _ip("link", "set", link, "master", self._name, "up")
-        _ip("-n", namespace, "address", "add", f"{self._address_of(host)}/24", "dev", _INTERFACE)
-        for interface in ("lo", _INTERFACE):
-            _ip("-n", namespace, "link", "set", interface, "up")
-        return namespace
-
-    def _address_of(self, host: int) -> str:
-        return f"{self._subnet}.{host}"
-
-    def _link_of(self, node: Node) -> str:
+    def _host_of(self, node: Node) -> int:
         if node not in self._nodes:
             raise FaultError(
                 explain(
@@ -193,38 +145,16 @@ class NetworkCluster:
                     "Take one from cluster.nodes.",
                 )
             )
-        return f"{self._name}v{node.network.rpartition('-')[2]}"
+        return int(node.network.rpartition("-")[2])
 
     def _start_ray(self, host: int, *options: str) -> None:
-        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={self._address_of(host)}"]
-        _run(["ip", "netns", "exec", f"{self._name}-{host}", *ray, *options], env=self._environment)
+        address = self._network.address(host)
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={address}"]
+        self._network.run(host, [*ray, *options], self._environment)
 
     @property
     def _environment(self) -> dict[str, str]:
-        names = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), _INTERFACE)
+        # Named to gloo, which would go by the host's name, and that has no address there.
+        names = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), INTERFACE)
         mine = {"TMPDIR": self.temp_dir, MARK_VARIABLE: self._folder}
         return {**os.environ, **ENVIRONMENT, **names, **mine}
-
-
-def _ip(*arguments: str) -> None:
-    _run(["ip", *arguments])
-
-
-def _run(command_line: list[str], env: Mapping[str, str] | None = None) -> None:
-    done = subprocess.run(
-        command_line,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_START_TIMEOUT_S,
-        stdin=subprocess.DEVNULL,
-    )
-    if done.returncode:
-        raise FaultError(
-            explain(
-                f"The command {shlex.join(command_line)} failed.",
-                (done.stderr or done.stdout).strip(),
-                "It needs root, and a kernel and container that allow network namespaces.",
-            )
-        )

@@ -104,18 +104,24 @@ def job_server() -> Iterator[str]:
         yield head.address
 
 
+@pytest.mark.timeout(600)
 def test_submitted_job(project: Path, environment: dict[str, str], job_server: str) -> None:
-    """``ray job submit -- python flow.py`` needs no option: modules travel to real nodes, a failure fails the job."""
+    """``ray job submit`` of a script, or of pyflyte, needs no option: modules travel to nodes, failures fail it."""
     submit = [str(BIN / "ray"), "job", "submit", f"--address={job_server}", "--working-dir", str(project), "--"]
-    done = run([*submit, "python", "flow.py"], project, environment)
-    assert "result: 6.5" in done.stdout
-    assert done.returncode == 0
+    entrypoints = (["python", "flow.py"], ["pyflyte", "run", "flow.py", "wf"])
+    for entrypoint in entrypoints:
+        done = run([*submit, *entrypoint], project, environment)
+        assert "6.5" in done.stdout
+        assert done.returncode == 0
 
     broken = HELPER.replace("dist.init_process_group", "raise LookupError('from the helper')  # ")
     (project / "helper.py").write_text(broken)
-    done = run([*submit, "python", "flow.py"], project, environment)
-    assert "LookupError: from the helper" in done.stdout
-    assert done.returncode != 0
+    for entrypoint in entrypoints:
+        done = run([*submit, *entrypoint], project, environment)
+        said, _, status = done.stdout.partition("-" * 10)
+        # What Ray tells of a failed job are the last lines of its log.
+        assert "LookupError: from the helper" in "\n".join(said.splitlines()[-10:] + status.splitlines()), done.stdout
+        assert done.returncode != 0
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

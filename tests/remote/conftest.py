@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kfpytorch_ray.testing import HeadCluster, nothing_left, wait_until
+from kfpytorch_ray.testing import HeadCluster, Laptop, nothing_left, unavailable, wait_until
 
 DEADLINE_S = 120.0
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
@@ -27,6 +28,22 @@ def head(package: dict[str, str]) -> Iterator[HeadCluster]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def laptop() -> Iterator[Laptop]:
+    """A place with a network of its own, whose link to ``far_head`` can be cut."""
+    if reason := unavailable():
+        pytest.skip(reason)
+    with Laptop() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def far_head(laptop: Laptop, package: dict[str, str]) -> Iterator[HeadCluster]:
+    """A head like ``head``, which the laptop reaches as well."""
+    with HeadCluster(nodes=2, cpus=4, env=package, host=laptop.gateway) as started:
+        yield started
+
+
 @pytest.fixture
 def storage(tmp_path: Path) -> str:
     """A folder that this process and the cluster share, as a URI; it is not there yet."""
@@ -36,10 +53,14 @@ def storage(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def checked(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test leaves nothing behind: here, and on the cluster that it shares, where its jobs have ended as well."""
-    if "head" not in request.fixturenames:
+    with contextlib.ExitStack() as after:
+        for name in {"head", "far_head"} & set(request.fixturenames):
+            head: HeadCluster = request.getfixturevalue(name)
+            after.enter_context(nothing_left(head.temp_dir, DEADLINE_S))
+            after.callback(wait_until, lambda head=head: all_ended(head), "all jobs to end", DEADLINE_S)
         yield
-        return
-    head: HeadCluster = request.getfixturevalue("head")
-    with nothing_left(head.temp_dir, DEADLINE_S):
-        yield
-        wait_until(lambda: all(job["status"] in _ENDED for job in head.jobs()), "all jobs to end", DEADLINE_S)
+
+
+def all_ended(head: HeadCluster) -> bool:
+    """Whether no job runs."""
+    return all(job["status"] in _ENDED for job in head.jobs())

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import signal
+import ssl
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trustme
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from kfpytorch_ray.testing import HeadCluster, kill_node, wait_until
+from kfpytorch_ray.testing import HeadCluster, Laptop, Relay, kill_node, unavailable, wait_until
 from kfpytorch_ray.testing.processes import all_processes, command, environment
+
+ASKS = """
+import sys, time, requests
+while True:
+    try:
+        requests.get(sys.argv[1] + "/api/version", timeout=1)
+        print("reached", end=",", flush=True)
+    except requests.RequestException:
+        print("not reached", end=",", flush=True)
+    time.sleep(0.1)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +72,21 @@ def test_a_cluster_starts_clean_and_ends_whole(package: dict[str, str], monkeypa
     assert not folder.exists()
 
 
+def test_a_cluster_ends_with_its_maker() -> None:
+    """Also when that is killed."""
+    code = """
+import os, signal
+from kfpytorch_ray.testing import HeadCluster
+with HeadCluster(nodes=0) as head:
+    print(head.temp_dir, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    temp_dir = done.stdout.strip()
+    wait_until(lambda: not Path(temp_dir).parent.exists(), "the janitor")
+    assert not [process for process in all_processes() if environment(process).get("TMPDIR") == temp_dir]
+
+
 def test_a_token_is_asked_for(package: dict[str, str]) -> None:
     """Without it the job server refuses; it stands in no command line."""
     token = "s3cret-" * 6
@@ -69,3 +99,47 @@ def test_a_token_is_asked_for(package: dict[str, str]) -> None:
         for process in all_processes():
             assert token not in command(process)
             assert token not in environment(process).values()
+
+
+def test_tls_in_front_of_it(head: HeadCluster, tmp_path: Path) -> None:
+    """As a proxy does it: a client that has the authority's certificate submits, one that has not is turned away."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    bundle = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(bundle))
+    host, port = head.address.removeprefix("http://").split(":")
+    with Relay(host, int(port), tls=context) as relay:
+        assert says(JobSubmissionClient(relay.url, verify=str(bundle)), "hi")
+        with pytest.raises(ConnectionError):
+            JobSubmissionClient(relay.url)
+
+
+def test_a_laptop_loses_its_network(laptop: Laptop, far_head: HeadCluster, tmp_path: Path) -> None:
+    """And nobody else does; it has it again afterwards."""
+    log = tmp_path / "log"
+
+    def last() -> str:
+        return log.read_text().rpartition(",")[0].rpartition(",")[2]
+
+    with log.open("w") as file, laptop.start(ASKS, far_head.address, stdout=file) as asking:
+        wait_until(lambda: last() == "reached", "the laptop to reach the head")
+        laptop.cut()
+        try:
+            wait_until(lambda: last() == "not reached", "the laptop to be cut off")
+            assert says(JobSubmissionClient(far_head.address), "hi")
+            assert last() == "not reached"
+        finally:
+            laptop.heal()
+        wait_until(lambda: last() == "reached", "the laptop to reach the head again")
+        asking.kill()
+
+
+def test_a_laptop_ends_with_what_runs_on_it() -> None:
+    """And leaves no network."""
+    if reason := unavailable():
+        pytest.skip(reason)
+    with Laptop() as laptop:
+        process = laptop.start("import signal\nsignal.pause()")
+    assert process.returncode == -signal.SIGKILL
+    assert laptop.gateway not in subprocess.run(["ip", "address"], capture_output=True, text=True, check=True).stdout

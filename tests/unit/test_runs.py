@@ -77,9 +77,9 @@ def add(storage: Storage, run: Manifest, ended: Outcome | None = None) -> Storag
 
 
 def test_a_run_is_read_as_it_was_written(storage: Storage) -> None:
-    """Manifest and outcome come back equal, with digests to check by."""
+    """Manifest and outcome come back equal, with digests to check by; the storage is the one that was looked in."""
     folder = add(storage, manifest("kfr-one", lease_s=30.0), outcome())
-    assert read_manifest(storage, "kfr-one") == manifest("kfr-one", lease_s=30.0)
+    assert read_manifest(storage, "kfr-one") == manifest("kfr-one", lease_s=30.0, storage=storage.uri)
     read = read_outcome(folder)
     assert read is not None
     assert (read.record_digest.sha256, read.result_digest(1).size_bytes) == ("00", 2)
@@ -90,7 +90,7 @@ def test_what_another_version_has_added_is_passed_over(storage: Storage) -> None
     folder = add(storage, manifest("kfr-one"))
     written = json.loads(manifest("kfr-one").to_json())
     folder.write(MANIFEST, json.dumps({**written, "colour": "red"}).encode())
-    assert read_manifest(storage, "kfr-one") == manifest("kfr-one")
+    assert read_manifest(storage, "kfr-one") == manifest("kfr-one", storage=storage.uri)
     del written["address"]
     folder.write(MANIFEST, json.dumps(written).encode())
     with pytest.raises(StorageError, match="address"):

@@ -14,6 +14,7 @@ import pytest
 
 from kfpytorch_ray.cluster import stacks
 from kfpytorch_ray.cluster.stacks import STACK_SIGNAL, Hanging, find_py_spy, take_stacks
+from kfpytorch_ray.testing import wait_until
 
 HEAD = f"""
 import os, runpy, signal, socket, sys, threading, time
@@ -79,9 +80,8 @@ def test_a_process_that_holds_the_interpreters_lock_is_shown(tmp_path: Path) -> 
 def test_a_process_that_does_not_answer_is_not_signalled(tmp_path: Path) -> None:
     """The signal would end one that has not come so far."""
     with hanging('print("ready", flush=True); import time; time.sleep(600)', tmp_path / "answer") as process:
-        shown = take_stacks({0: process})[0]
-        assert "has not come so far" in shown
-        assert "sleeping" in shown
+        wait_until(lambda: "sleeping" in take_stacks({0: process})[0], "it to fall asleep")
+        assert "has not come so far" in take_stacks({0: process})[0]
 
 
 def test_a_process_that_is_stopped_does_not_hold_up_the_others(tmp_path: Path) -> None:

@@ -157,6 +157,12 @@ def test_the_default_choice_records_nothing() -> None:
     assert made.get_config(SETTINGS) == {}
 
 
+def test_a_variable_that_names_another_backend_is_corrected() -> None:
+    """The container must choose as the registering process did, where the config outranked the variable."""
+    made: Any = task(task_config=Elastic(backend="kubeflow"), environment={BACKEND_VARIABLE: "ray"})(train)
+    assert made.environment == {BACKEND_VARIABLE: "kubeflow"}
+
+
 def test_another_choice_is_recorded(double: Any) -> None:
     """The container runs what was registered, whatever its own surroundings say."""
     mine = {"A": "1"}

@@ -1,0 +1,216 @@
+"""What KubeRay, reached through Flyte, cannot honour: refused or said when the task is defined, listed by ``render``.
+
+What Flyte does is read in its source at v1.16.8 (flyteplugins/go/tasks/plugins/k8s/ray/ray.go and
+pluginmachinery/flytek8s); the reasons name the rule. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flytekit import PodTemplate, Resources
+
+from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, WORKER_CONTAINER
+from kfpytorch_ray.adapters.ray_findings import elastic_warnings, replica_findings, run_option_problems
+from kfpytorch_ray.backends import Findings, JobConfig
+from kfpytorch_ray.checks import is_elastic
+from kfpytorch_ray.config import KubeRayBackend
+from kfpytorch_ray.planning import amount_of
+from kfpytorch_ray.pod_template import primary_container
+from kfpytorch_ray.pods import TaskArguments
+
+_OWNED_BY_US = frozenset({"num-cpus", "num-gpus", "resources"})
+
+OVERRIDES = (
+    "with_overrides(requests=, limits=, resources=) of a workflow node changes the submitting pod only, because head "
+    "and workers bring resources of their own: give them to @task"
+)
+"""Cannot be seen in a task, so it is said of every one."""
+
+
+def find(config: JobConfig, options: KubeRayBackend) -> Findings:
+    """Fields of a config that cannot be honoured."""
+    problems = [*run_option_problems(options), *_option_problems(options)]
+    warnings = _run_policy_warnings(config.run_policy)
+    if is_elastic(config):
+        warnings += elastic_warnings(config)
+    else:
+        found = replica_findings(config)
+        problems += found.problems
+        warnings += found.warnings
+    if not config.increase_shared_mem:
+        warnings.append("increase_shared_mem=False has no effect: KubeRay mounts /dev/shm in every pod of Ray's")
+    return Findings(tuple(problems), tuple(warnings))
+
+
+def find_in_arguments(options: KubeRayBackend, arguments: TaskArguments) -> Findings:
+    """What stands beside the config and cannot be honoured."""
+    warnings = []
+    if arguments.accelerator is not None:
+        warnings.append(
+            "accelerator has no effect: Flyte looks for GPUs in the task's own container, the submitting pod's; "
+            "select nodes by KubeRayBackend(worker_pod_template=PodTemplate(V1PodSpec(node_selector=...)))"
+        )
+    problems = [*_resource_problems(arguments), *_repeated(options, arguments)]
+    if arguments.pod_template is not None:
+        problems += _template_problems(arguments.pod_template)
+    if arguments.environment.get("FLYTE_FAIL_ON_ERROR"):
+        problems.append(
+            "environment FLYTE_FAIL_ON_ERROR: with another exit code than 0 Flyte does not read the error file and "
+            "runs the task again; leave it out"
+        )
+    return Findings(tuple(problems), tuple(warnings))
+
+
+def lost(config: JobConfig, options: KubeRayBackend, arguments: TaskArguments) -> tuple[str, ...]:
+    """Every field that does not arrive, or means something else, on the way through Flyte to KubeRay."""
+    found = [*find(config, options).warnings, *find_in_arguments(options, arguments).warnings]
+    policy = config.run_policy
+    if policy is None or policy.ttl_seconds_after_finished is None:
+        found.append(
+            f"run_policy.ttl_seconds_after_finished=None means {DEFAULT_TTL_S} s here, not for ever: Flyte always has "
+            "KubeRay remove the cluster"
+        )
+    if policy is not None and policy.active_deadline_seconds is not None:
+        found.append(
+            "run_policy.active_deadline_seconds counts from the driver's start: Flyte cannot set it on the RayJob, so "
+            "pods that never start are bounded by @task(timeout=) only"
+        )
+    if not arguments.bounded:
+        found.append(
+            "rdzv join time-outs do not bound the wait for the first pods, because the driver starts when all of them "
+            "run, and Flyte does not look at pending ones: set @task(timeout=)"
+        )
+    if arguments.pod_template is not None:
+        found.append("pod_template shapes head, workers and submitting pod alike; so do its node selectors")
+    return (*dict.fromkeys(found), OVERRIDES)
+
+
+def _run_policy_warnings(policy: Any) -> list[str]:
+    if policy is None or policy.clean_pod_policy is None:
+        return []
+    return ["run_policy.clean_pod_policy has no effect: KubeRay removes all pods when the time to live has passed"]
+
+
+def _option_problems(options: KubeRayBackend) -> list[str]:
+    problems = []
+    for name in ("head_requests", "head_limits"):
+        asked = getattr(options, name)
+        if asked is not None and not isinstance(asked, Resources):
+            problems.append(f"KubeRayBackend({name}) must be Resources(...), not {asked!r}")
+        elif asked is not None and asked.gpu is not None:
+            problems.append(f"KubeRayBackend({name}): a GPU of the head would not be used, workers run on other pods")
+    for name in ("head_start_params", "worker_start_params"):
+        problems += _start_param_problems(name, getattr(options, name))
+    for name, container in (("head_pod_template", HEAD_CONTAINER), ("worker_pod_template", WORKER_CONTAINER)):
+        template = getattr(options, name)
+        if template is not None:
+            problems += [f"KubeRayBackend({name}): {text}" for text in _overlay_problems(template, container)]
+    if not str(options.gpu_resource).endswith("gpu"):
+        problems.append(
+            f"KubeRayBackend(gpu_resource={options.gpu_resource!r}): KubeRay expects a name that ends in 'gpu'"
+        )
+    timeout = options.idle_timeout_s
+    if timeout is not None and (not isinstance(timeout, int) or isinstance(timeout, bool) or timeout < 1):
+        problems.append(
+            f"KubeRayBackend(idle_timeout_s) must be a whole number of seconds greater than 0, not {timeout!r}"
+        )
+    return problems + _runtime_env_problems(options.runtime_env)
+
+
+def _start_param_problems(name: str, params: Any) -> list[str]:
+    if not (isinstance(params, dict) and all(isinstance(text, str) for pair in params.items() for text in pair)):
+        return [f"KubeRayBackend({name}) must be a dict of strings, not {params!r}"]
+    return [
+        f"KubeRayBackend({name}): {key!r} follows from the pod's resources, on the head there are none for workers"
+        for key in sorted(_OWNED_BY_US & params.keys())
+    ]
+
+
+def _runtime_env_problems(runtime_env: Any) -> list[str]:
+    try:
+        json.dumps(runtime_env)
+    except (TypeError, ValueError) as error:
+        return [f"KubeRayBackend(runtime_env) cannot be written as JSON: {error}"]
+    return []
+
+
+def _overlay_problems(template: PodTemplate, container: str) -> list[str]:
+    if not isinstance(template, PodTemplate):
+        return [f"must be a PodTemplate, not {template!r}"]
+    spec = template.pod_spec
+    problems = []
+    if spec is not None and spec.init_containers:
+        problems.append("Flyte drops init containers of a group's own pod; give @task(pod_template=)")
+    if dropped := [c.name for c in (spec and spec.containers) or () if c.name != template.primary_container_name]:
+        problems.append(
+            f"Flyte drops the containers {', '.join(dropped)} of a group's own pod and keeps {container} only, made of "
+            f"the primary container {template.primary_container_name!r}"
+        )
+    if (primary := primary_container(template)) is not None and primary.resources:
+        problems.append(
+            "the primary container's resources are given by @task(requests=) and KubeRayBackend(head_requests=)"
+        )
+    return problems
+
+
+def _resource_problems(arguments: TaskArguments) -> list[str]:
+    """Flyte lowers a request to its limit in the task's container, but not in a group's own pod."""
+    problems = []
+    for kind in ("cpu", "mem", "gpu", "ephemeral_storage"):
+        request, limit = (getattr(side, kind) for side in (arguments.resources.requests, arguments.resources.limits))
+        try:
+            if request is not None and limit is not None and amount_of(request) > amount_of(limit):
+                problems.append(
+                    f"requests {kind}={request!r} exceed limits {kind}={limit!r}: Kubernetes refuses such pods"
+                )
+        except (ValueError, ArithmeticError, TypeError):
+            problems.append(f"{kind}={request!r}, {kind}={limit!r}: expected Kubernetes quantities such as 2 or '4Gi'")
+    return problems
+
+
+def _repeated(options: KubeRayBackend, arguments: TaskArguments) -> list[str]:
+    """Names that would be in a pod twice, because Flyte appends lists: the API server refuses the RayJob for them."""
+    problems = []
+    for own in ("head_pod_template", "worker_pod_template"):
+        named: dict[tuple[str, str], str] = {
+            ("environment variable", name): "environment" for name in arguments.environment
+        }
+        templates = (("pod_template", arguments.pod_template), (own, getattr(options, own)))
+        for source, template in templates:
+            for key in _named_in(template):
+                if key in named:
+                    problems.append(f"the {key[0]} {key[1]!r} is in {named[key]} and in {source}: give it once")
+                named[key] = source
+    return list(dict.fromkeys(problems))
+
+
+def _named_in(template: Any) -> list[tuple[str, str]]:
+    if not isinstance(template, PodTemplate) or template.pod_spec is None:
+        return []
+    container = primary_container(template)
+    variables = [] if container is None else container.env or []
+    mounts = [] if container is None else container.volume_mounts or []
+    return [
+        *(("environment variable", variable.name) for variable in variables),
+        *(("mount", mount.mount_path) for mount in mounts),
+        *(("volume", volume.name) for volume in template.pod_spec.volumes or []),
+    ]
+
+
+def _template_problems(template: PodTemplate) -> list[str]:
+    containers = (template.pod_spec and template.pod_spec.containers) or []
+    primary = template.primary_container_name
+    problems = []
+    if containers and containers[0].name != primary:
+        problems.append(
+            f"pod_template lists the container {containers[0].name!r} before the primary one, {primary!r}: KubeRay "
+            "starts Ray in the first container; put the primary one there"
+        )
+    if (own := primary_container(template)) is not None and own.resources:
+        problems.append(
+            "pod_template gives resources to the primary container, of which Ray would not learn: give them as "
+            "@task(requests=, limits=)"
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""Kubernetes resources: what they look like, and what platforms make of ours."""

@@ -1,0 +1,80 @@
+"""What becomes of a task: the Kubernetes resources, without a cluster and without Flyte, and what is lost on the way.
+
+Behind ``kfpytorch-ray render`` and tests. The manifests are made by the backend's adapter, which is found by name.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from flytekit.configuration import ImageConfig, SerializationSettings
+from flytekit.tools.translator import get_serializable_task
+from google.protobuf.json_format import MessageToDict
+
+from kfpytorch_ray.config import BackendOptions
+from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.pods import RendersFlyte
+from kfpytorch_ray.task import PytorchElasticFunctionTask, PyTorchFunctionTask
+
+VIA_FLYTE = "flyte"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What becomes of a task.
+
+    Attributes:
+        manifests: The Kubernetes resources that are created, as dicts.
+        lost: Every field that does not arrive on this way, or means something else, and why.
+    """
+
+    manifests: tuple[dict[str, Any], ...]
+    lost: tuple[str, ...]
+
+
+def render(
+    task: Any,
+    backend: str | BackendOptions | None = None,
+    via: str = VIA_FLYTE,
+    settings: SerializationSettings | None = None,
+) -> Rendered:
+    """Render a task as its backend would have it run. Changes nothing of the task.
+
+    Args:
+        task: A Flyte task with ``task_config=Elastic(...)`` or ``PyTorch(...)``.
+        backend: The backend in place of the task's own.
+        via: Who creates the resources. ``"flyte"``: what Flyte 1.16.8 makes of the registered task, by our own reading
+            of it; names and places of an execution are examples.
+        settings: As ``pyflyte register`` would have them. None: flytekit's default image.
+
+    Raises:
+        ConfigError: Not such a task, an unknown way, or a config that the backend refuses.
+        BackendUnavailableError: No such backend.
+    """
+    if not isinstance(task, PytorchElasticFunctionTask | PyTorchFunctionTask):
+        raise ConfigError("render", (f"{task!r} is no task with task_config=Elastic(...) or PyTorch(...)",))
+    if via != VIA_FLYTE:
+        raise ConfigError("render", (f"via={via!r}: the known way is {VIA_FLYTE!r}",))
+    rendered = task if backend is None else task.on_backend(backend)
+    job = rendered.job
+    if not isinstance(job.adapter, RendersFlyte):
+        raise ConfigError("render", (f"the backend {job.choice.name!r} does not say what Flyte makes of its tasks",))
+    template = task_template(rendered, settings)
+    return Rendered(job.adapter.flyte_manifests(template), job.adapter.lost(job.config, rendered.arguments))
+
+
+def task_template(task: Any, settings: SerializationSettings | None = None) -> dict[str, Any]:
+    """A task's template as it is registered with Flyte: the protobuf message as a dict.
+
+    Args:
+        task: Any Flyte task.
+        settings: As for ``render``.
+    """
+    how = settings or SerializationSettings(
+        project="project", domain="domain", version="version", image_config=ImageConfig.auto_default_image()
+    )
+    message = get_serializable_task(OrderedDict(), how, task).template.to_flyte_idl()
+    template: dict[str, Any] = MessageToDict(message)
+    return template

@@ -1,0 +1,126 @@
+"""Sending a launch: in which order, and what is left where it fails. The cluster is a double."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfpytorch_ray import ClusterError, RayBackend
+from kfpytorch_ray.adapters.raycluster import RayAdapter
+from kfpytorch_ray.cluster.remote.submission import ATTEMPT_KEY, Destination, attempt_key, submit
+from kfpytorch_ray.plan import FlyteContext, LaunchPlan, NodeResources
+from kfpytorch_ray.runs import Manifest, run_folder
+from kfpytorch_ray.storage import Storage, digest_of
+
+RUN = Manifest("kfr-one", "train", "ray", "s3://bucket", "http://head:8265", 0.0, "ada", "1", 1, 60.0)
+SECRETS = RayBackend(headers={"X-Token": "s3cret"}, verify="/my/ca.pem", storage="s3://bucket")
+
+
+@dataclass
+class Cluster:
+    """Takes a job, or does not."""
+
+    error: Exception | None = None
+    address: str = "http://head:8265"
+    submitted: dict[str, Any] = field(default_factory=dict)
+    stopped: list[str] = field(default_factory=list)
+
+    def submit_job(self, **job: Any) -> str:
+        self.submitted = job
+        if self.error is not None:
+            raise self.error
+        return str(job["submission_id"])
+
+    def job(self, submission_id: str) -> object | None:
+        return object() if self.submitted else None
+
+    def stop_job(self, submission_id: str) -> bool:
+        self.stopped.append(submission_id)
+        return True
+
+    def list_jobs(self) -> list[Any]:
+        return []
+
+
+def send(cluster: Cluster, storage: Storage) -> None:
+    plan = LaunchPlan("train", "f1", max, (1, 2), {}, 1, 1, 1, NodeResources({"CPU": 1.0}), FlyteContext("s3://raw"))
+    submit(RayAdapter(SECRETS).build(plan), RUN, SECRETS, Destination(cluster, storage, {"pip": ["x"]}))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "storage"))
+
+
+def test_the_entrypoint_is_a_module_and_a_place(storage: Storage) -> None:
+    """No free text: the run's folder, and the SHA-256 of what is there."""
+    cluster = Cluster()
+    send(cluster, storage)
+    request = run_folder(storage, "kfr-one").read("request.pkl")
+    assert request is not None
+    place = f"{storage.uri}/runs/kfr-one#{digest_of(request).sha256}"
+    assert cluster.submitted["entrypoint"] == f"python -m kfpytorch_ray.cluster.remote.driver '{place}'"
+    assert cluster.submitted["runtime_env"] == {"pip": ["x"]}
+    assert cluster.submitted["submission_id"] == "kfr-one"
+
+
+def test_secrets_of_the_way_stay_here(storage: Storage) -> None:
+    """The driver on the cluster needs neither headers nor certificates, and gets none."""
+    cluster = Cluster()
+    send(cluster, storage)
+    data = run_folder(storage, "kfr-one").read("request.pkl")
+    assert data is not None
+    _, options = pickle.loads(data)
+    assert (options.headers, options.verify, options.storage, options.address) == ({}, True, None, "auto")
+    assert b"s3cret" not in data
+    assert "s3cret" not in repr(cluster.submitted) + repr(SECRETS)
+
+
+@pytest.mark.parametrize("error", [ClusterError("no"), KeyboardInterrupt()])
+def test_nothing_is_left_where_it_fails(storage: Storage, error: Exception) -> None:
+    """The staged request goes, and a job that was taken all the same is stopped; an interruption counts, too."""
+    cluster = Cluster(error)
+    with pytest.raises(type(error)):
+        send(cluster, storage)
+    assert storage.folder("runs").names() == []
+    assert cluster.stopped == ["kfr-one"]
+
+
+ATTEMPT = {"FLYTE_INTERNAL_EXECUTION_ID": "f1", "FLYTE_ATTEMPT_NUMBER": "2", "HOSTNAME": "f1-n0-0-2"}
+
+
+def test_attempts_of_one_task_have_one_key() -> None:
+    """Whatever their number; other nodes, executions and projects have others."""
+    key = attempt_key(ATTEMPT)
+    assert key == attempt_key({**ATTEMPT, "FLYTE_ATTEMPT_NUMBER": "0", "HOSTNAME": "f1-n0-0-0"})
+    others = [
+        {"HOSTNAME": "f1-n0-1-2"},
+        {"FLYTE_INTERNAL_EXECUTION_ID": "f2"},
+        {"FLYTE_INTERNAL_EXECUTION_PROJECT": "p"},
+        {"FLYTE_INTERNAL_TASK_NAME": "t"},
+    ]
+    keys = {attempt_key({**ATTEMPT, **other}) for other in others}
+    assert len(keys | {key}) == 5
+    assert None not in keys
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"HOSTNAME": "laptop"}, {**ATTEMPT, "HOSTNAME": "laptop"}, {**ATTEMPT, "FLYTE_ATTEMPT_NUMBER": "1"}],
+)
+def test_where_the_attempt_cannot_be_told_there_is_no_key(environment: dict[str, str]) -> None:
+    """Stopping somebody else's run would be worse than leaving one."""
+    assert attempt_key(environment) is None
+
+
+def test_the_key_is_in_the_jobs_metadata(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which the next attempt finds it."""
+    for name, value in ATTEMPT.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster()
+    send(cluster, storage)
+    assert cluster.submitted["metadata"][ATTEMPT_KEY] == attempt_key(ATTEMPT)
