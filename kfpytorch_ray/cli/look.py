@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import rich_click as click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kfpytorch_ray.cli.options import Reach, json_option, reach_options
 from kfpytorch_ray.cli.reaching import Standing, opened, standings
@@ -18,6 +21,12 @@ from kfpytorch_ray.runs import Manifest, Outcome, RunSummary, collected, list_ru
 
 _SHOWN = 20
 """Runs that ``list`` shows without ``--all``: a screen."""
+
+_COLUMNS = ("run", "name", "status", "nodes", "created", "by", "cluster")
+_WIDE = 100
+"""Columns of a terminal below which the last two are left out: they would be cut to nothing."""
+_STATUS_WIDTH = 16
+"""Of the lines that a status is broken into on a terminal."""
 
 _COLOURS = {
     RunStatus.RUNNING: "cyan",
@@ -84,7 +93,8 @@ def list_(everything: bool, as_json: bool, storage: str | None, address: str | N
     if not runs:
         click.echo(f"There are no runs in {place.uri}.", err=True)
         return
-    Console(width=table_width()).print(_table(shown, known))
+    console = Console(width=table_width())
+    console.print(_table(shown, known, console))
     if len(shown) < len(runs):
         click.echo(f"{len(runs) - len(shown)} older runs are not shown: --all shows them.", err=True)
 
@@ -108,24 +118,31 @@ def logs(
         click.echo(line)
 
 
-def _table(runs: list[RunSummary], known: dict[str, Standing]) -> Table:
+def _table(runs: list[RunSummary], known: dict[str, Standing], console: Console) -> Table:
     now = time.time()
+    columns = _COLUMNS if console.width >= _WIDE else _COLUMNS[:-2]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "name", "status", "nodes", "created", "by", "cluster"):
-        # An id is to be copied whole; what else does not fit goes on in the next line.
-        table.add_column(name, no_wrap=name == "run", overflow="fold")
+    for name in columns:
+        # An id is to be copied whole; where the terminal is narrow, names and addresses are cut.
+        table.add_column(name, no_wrap=name not in ("name", "by", "cluster"), overflow="ellipsis")
     for run in runs:
         manifest, standing = run.manifest, known[run.manifest.run_id]
-        colour = _COLOURS.get(standing.status, "") if standing.status else "dim"
-        table.add_row(
+        colour = _COLOURS.get(standing.status, "default") if standing.status else "dim"
+        said = textwrap.fill(str(standing), _STATUS_WIDTH) if console.is_terminal else str(standing)
+        cells = (
             manifest.run_id,
             manifest.name,
-            f"[{colour}]{standing}[/]" if colour else str(standing),
+            said,
             f"{manifest.nodes} x {manifest.nproc_per_node}",
             ago(manifest.created_at, now),
             manifest.created_by,
-            manifest.address,
+            urlsplit(manifest.address).netloc or manifest.address,
         )
+        # As text: what others have written into the storage is no markup.
+        shown = [
+            Text(cell, style=colour if name == "status" else "") for name, cell in zip(_COLUMNS, cells, strict=True)
+        ]
+        table.add_row(*shown[: len(columns)])
     return table
 
 

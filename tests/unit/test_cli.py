@@ -377,7 +377,7 @@ def test_list_shows_runs_newest_first_and_asks_their_clusters(detached: Any, sto
     assert header[:2] == ["run", "name"]
     assert [row[0] for row in rows] == ["kfr-mute-a", "kfr-mute-b", "kfr-live", "kfr-done"]
     assert rows[0][2].startswith("unknown (cluster does not answer)")
-    assert rows[2][2].split() == ["running", "2", "x", "4", "3", "min", "ago", "anna@laptop", HEAD]
+    assert rows[2][2].split() == ["running", "2", "x", "4", "3", "min", "ago", "anna@laptop", "head:8265"]
     assert rows[3][1] == "flow.train"
     asked = [run for run in detached.runs.values() if ("status",) in run.calls]
     assert len(asked) == 2
