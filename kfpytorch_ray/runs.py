@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import logging
 import os
 import platform
 import re
@@ -29,6 +30,8 @@ from typing_extensions import Self
 
 from kfpytorch_ray.errors import ConfigError, StorageError, UnknownRunError, explain
 from kfpytorch_ray.storage import Digest, Storage, problem_of_uri
+
+logger = logging.getLogger(__name__)
 
 STORAGE_VARIABLE = "KFPYTORCH_RAY_STORAGE"
 """Names the storage where no option does."""
@@ -223,11 +226,12 @@ def collect(folder: Storage) -> None:
     note = {"collected_at": time.time(), "collected_by": whoami()}
     folder.write(COLLECTED, json.dumps(note).encode())
     discard(folder)
+    folder.remove(OUTCOME_RECORD)
 
 
 def discard(folder: Storage) -> None:
-    """Remove what is large, or of no use any more, of a run that has ended."""
-    for name in (REQUEST, RESULTS, OUTCOME_RECORD, LEASE):
+    """Remove what is large of a run that has ended; why it failed can still be told."""
+    for name in (REQUEST, RESULTS, LEASE):
         folder.remove(name)
 
 
@@ -257,9 +261,15 @@ def list_runs(storage: Storage) -> list[RunSummary]:
             continue
         folder = run_folder(storage, run_id)
         data = folder.read(MANIFEST)
-        if data is not None:
-            manifest = _manifest(storage, data, run_id)
-            found.append(RunSummary(manifest, read_outcome(folder), folder.read(COLLECTED) is not None))
+        if data is None:
+            continue
+        try:
+            run = RunSummary(_manifest(storage, data, run_id), read_outcome(folder), folder.read(COLLECTED) is not None)
+        except StorageError as error:
+            # One that somebody has spoilt must not hide the others.
+            logger.warning("%s", error)
+        else:
+            found.append(run)
     return sorted(found, key=lambda run: run.manifest.created_at, reverse=True)
 
 

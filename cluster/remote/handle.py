@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from kfpytorch_ray.cluster.interruption import interruptible, wants_to_stop
@@ -177,12 +177,12 @@ class RemoteRun:
         record = read_record(self._folder, outcome)
         if record.error is not None:
             if not keep:
-                _collect(self._folder)
+                _removing(discard, self._folder)
             raise record.error
         ranks = tuple(range(len(outcome.results)))
         result = ElasticResult(ranks, Downloads(self._folder, outcome), record.rounds, self.run_id)
         if not keep:
-            weakref.finalize(result, _collect, self._folder)
+            weakref.finalize(result, _removing, collect, self._folder)
         return result
 
     def follow(self) -> ElasticResult:
@@ -281,10 +281,10 @@ class RemoteRun:
         return RunLostError(f"{text}\n\nLast lines of its log:\n{last_lines}" if last_lines else text, time.time())
 
 
-def _collect(folder: Storage) -> None:
+def _removing(remove: Callable[[Storage], None], folder: Storage) -> None:
     """Remove what was taken; runs at the end of the process, too, and must not spoil that."""
     try:
-        collect(folder)
+        remove(folder)
     except KfpytorchRayError as error:
         logger.warning("What the run has left in %s could not be removed: %s", folder.uri, error)
 

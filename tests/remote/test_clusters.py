@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import ssl
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,7 +16,6 @@ import trustme
 
 import kfpytorch_ray
 from kfpytorch_ray import (
-    AuthenticationError,
     ClusterUnreachableError,
     Elastic,
     RayBackend,
@@ -100,40 +101,48 @@ def test_a_working_directory_that_cannot_be_sent(head: HeadCluster, storage: str
     assert runs_in(storage) == []
 
 
-def test_token_and_certificate(
-    package: dict[str, str],
-    storage: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+WITH_A_TOKEN = """
+import sys
+from kfpytorch_ray import Elastic, KfpytorchRayError, RayBackend, launch
+
+address, storage, verify = sys.argv[1:]
+backend = RayBackend(address=address, storage=storage, working_dir="", verify=verify or True)
+try:
+    run = launch(lambda: 42, elastic=Elastic(backend=backend), wait=False)
+    print(*run.logs(follow=True), sep="\\n")
+    print("returned", run.result(keep=True)[0].return_value, repr(run))
+except KfpytorchRayError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_token_and_certificate(package: dict[str, str], storage: str, tmp_path: Path) -> None:
     """Behind TLS with a certificate of one's own and with Ray's token a launch works; without either it says which."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-
-    def elastic(verify: bool | str) -> Elastic:
-        backend = RayBackend(address=address, storage=storage, working_dir="", verify=verify)
-        return Elastic(backend=backend)
-
+    trusted = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(trusted)
     with HeadCluster(nodes=1, cpus=2, token=TOKEN, env=package) as head:
         at = urlsplit(head.address)
         with Relay(str(at.hostname), int(at.port or 0), tls=context) as relay:
-            address = f"https://{relay.address}"
-            with pytest.raises(ClusterUnreachableError, match="certificate"):
-                launch(answer, elastic=elastic(verify=True))
-            with pytest.raises(AuthenticationError, match="RAY_AUTH_TOKEN"):
-                launch(answer, elastic=elastic(str(tmp_path / "ca.pem")))
-            monkeypatch.setenv("RAY_AUTH_MODE", "token")
-            monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", head.token_file)
-            run = launch(lambda: 42, elastic=elastic(str(tmp_path / "ca.pem")), wait=False)
-            lines = list(run.logs(follow=True))
-            assert run.result(keep=True)[0].return_value == 42
+
+            def said(verify: str, **variables: str) -> str:
+                command = [sys.executable, "-c", WITH_A_TOKEN, relay.url, storage, verify]
+                environment = {**os.environ, **variables}
+                done = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, timeout=240, check=False
+                )
+                return done.stdout + done.stderr
+
+            token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": head.token_file}
+            outputs = [said("", **token), said(str(trusted)), said(str(trusted), **token)]
+    assert "certificate was not accepted" in outputs[0]
+    assert "AuthenticationError" in outputs[1]
+    assert "RAY_AUTH_TOKEN" in outputs[1]
+    assert "returned 42" in outputs[2]
     written = [path.read_bytes() for path in Path(storage.removeprefix("file://")).rglob("*") if path.is_file()]
-    printed = capfd.readouterr()
-    assert TOKEN not in "".join([*lines, printed.out, printed.err, repr(run)])
-    assert not any(TOKEN.encode() in content for content in written)
+    assert not any(TOKEN.encode() in content for content in [*written, "".join(outputs).encode()])
 
 
 def test_a_cluster_that_dies(package: dict[str, str], storage: str) -> None:

@@ -103,6 +103,10 @@ def test_the_users_own_exception_is_the_cause(head: HeadCluster, storage: str) -
     (job,) = (job for job in head.jobs() if job["submission_id"] == folder.name)
     assert job["status"] == "FAILED"
     assert "OddError: 7" in job["message"]
+    # Why it failed can be asked again, as long as the storage keeps it.
+    assert files(storage) == {"manifest.json", "outcome.json", "outcome.pkl", "driver.log"}
+    with pytest.raises(WorkerFailedError, match="rank 1"):
+        attach(folder.name, storage=storage).result()
 
 
 def test_a_run_is_left_and_found_again(head: HeadCluster, storage: str) -> None:

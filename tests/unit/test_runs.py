@@ -135,10 +135,11 @@ def test_collecting_keeps_what_is_small(storage: Storage) -> None:
 
 
 def test_runs_are_listed_newest_first(storage: Storage) -> None:
-    """Folders that hold no manifest (yet) are passed over."""
+    """Folders that hold no manifest (yet), or one that cannot be read, are passed over."""
     add(storage, manifest("kfr-old", created_at=1.0), outcome())
     add(storage, manifest("kfr-new", created_at=2.0))
     run_folder(storage, "kfr-half").write(REQUEST, b"")
+    run_folder(storage, "kfr-spoilt").write(MANIFEST, b"{")
     storage.write("runs/Not_a_run/manifest.json", b"")
     assert [(run.manifest.run_id, run.outcome is not None) for run in list_runs(storage)] == [
         ("kfr-new", False),
