@@ -205,17 +205,23 @@ class ElasticAgent:
         self._drop_results()
         return (True, *results)
 
-    def shutdown(self) -> None:
-        """End a running round, wait until its workers are gone, pass on the last log lines and remove all files."""
+    def shutdown(self) -> tuple[str, ...]:
+        """End a running round, wait until its workers are gone, pass on the last log lines and remove all files.
+
+        Returns:
+            The marks behind the last lines (kfpytorch_ray.cluster.output); none where nothing was printed.
+        """
         # No pulse may come any more, and the workers have their grace.
         self._extend_lease(_now() + self._setup.stop_grace_s + self._setup.silence_timeout_s)
         self.stop_round(_EVERY_ROUND)
         # What a supervisor leaves that has died was killed when that was noticed.
+        marks: tuple[str, ...] = ()
         with contextlib.suppress(SupervisorLostError):
-            self._ask(Shutdown())
+            marks = self._ask(Shutdown())
             self._supervisor.join()
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
+        return marks
 
     @property
     def _folders(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError
 
 from kfpytorch_ray.cluster import worker
+from kfpytorch_ray.cluster.output import Outlet
 from kfpytorch_ray.cluster.processes import ForkedWorkers
 from kfpytorch_ray.cluster.protocol import AgentSetup, RoundAssignment, StopRound
 from kfpytorch_ray.cluster.protocol import WorkerSpec as ProcessSpec
@@ -102,6 +103,7 @@ class RoundAgent(LocalElasticAgent):
         stop_ordered: How the controller ended the round; None if it has not.
         failing: Called when a worker has failed, before the others are stopped.
         page: The node's heartbeat page, on which the round has begun.
+        outlets: As in ``ForkedWorkers``.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class RoundAgent(LocalElasticAgent):
         stop_ordered: Callable[[], StopRound | None],
         failing: Callable[[], None],
         page: HeartbeatPage,
+        outlets: tuple[Outlet, Outlet],
     ) -> None:
         spec = WorkerSpec(
             role=ROLE,
@@ -137,6 +140,7 @@ class RoundAgent(LocalElasticAgent):
         self._stop_ordered = stop_ordered
         self._failing = failing
         self._page = page
+        self._outlets = outlets
         self.workers: ForkedWorkers | None = None
 
     def ended(self) -> Mapping[int, Ended]:
@@ -176,6 +180,7 @@ class RoundAgent(LocalElasticAgent):
             stop_grace_s=self._setup.stop_grace_s,
             failing=self._failing,
             page=self._page,
+            outlets=self._outlets,
         )
         self._pcontext = self.workers
         self.workers.start()

@@ -14,6 +14,7 @@ from typing import Any
 
 from kfpytorch_ray.cluster.connect import connected
 from kfpytorch_ray.cluster.controller import Controller
+from kfpytorch_ray.cluster.delivery import delivery
 from kfpytorch_ray.cluster.environment import one_thread_each
 from kfpytorch_ray.cluster.interruption import interruptible
 from kfpytorch_ray.cluster.membership import agents_on
@@ -58,8 +59,13 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
         reserved(
             demand, name=launch.name, run_id=launch.run_id, private=private, autoscaling=options.autoscaling
         ) as reservation,
+        delivery() as output,
         agents_on(
-            reservation, setup := _joined(request, private, home), request.payload, demand.min_nodes
+            reservation,
+            setup := replace(_joined(request, private, home), output_token=output.token),
+            request.payload,
+            demand.min_nodes,
+            output,
         ) as membership,
     ):
         controller = Controller(membership, setup, request.limits)

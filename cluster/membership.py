@@ -21,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kfpytorch_ray.cluster.agent import ElasticAgent
+from kfpytorch_ray.cluster.delivery import Delivery
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
 from kfpytorch_ray.cluster.pulse import Pulse
@@ -98,13 +99,17 @@ class Membership:
         setup: What each is given.
         payload: A reference to the pickled call.
         min_nodes: As many agents are needed.
+        delivery: Of what their ranks print.
     """
 
-    def __init__(self, reservation: Reservation, setup: AgentSetup, payload: Any, min_nodes: int) -> None:
+    def __init__(
+        self, reservation: Reservation, setup: AgentSetup, payload: Any, min_nodes: int, delivery: Delivery
+    ) -> None:
         self._reservation = reservation
         self._setup = setup
         self._payload = payload
         self._min_nodes = min_nodes
+        self._delivery = delivery
         self.settled = False
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
@@ -207,16 +212,28 @@ class Membership:
         return f"{text} Agents still starting on: {', '.join(starting)}." if starting else text
 
     def end(self) -> None:
-        """Stop all workers and end the agents; a second interrupt still kills them."""
-        handles = [member.handle for member in self._members.values()]
+        """Stop all workers, wait for their last lines and end the agents; a second interrupt still kills them."""
+        members = [*self._members.values()]
         self._members = {}
         try:
             self._pulse.close()
-            if endings := [handle.shutdown.remote() for handle in handles]:
-                ray.wait(endings, num_returns=len(endings), timeout=self._setup.stop_grace_s + _END_WAIT_S)
+            if endings := {member.handle.shutdown.remote(): member for member in members}:
+                timeout_s = self._setup.stop_grace_s + _END_WAIT_S
+                ended, _ = ray.wait(list(endings), num_returns=len(endings), timeout=timeout_s)
+                self._await_output({mark: endings[ref].address for ref in ended for mark in _marks(ref)})
         finally:
-            for handle in handles:
-                _kill(handle)
+            for member in members:
+                _kill(member.handle)
+
+    def _await_output(self, addresses: Mapping[str, str]) -> None:
+        """Wait for what ranks printed last, by the marks behind it."""
+        if missing := self._delivery.wait(addresses):
+            logger.warning(
+                "%s: Ray has not brought all lines that were printed last on %s, they may be missing here. They are in "
+                "the files worker-*.out and worker-*.err of Ray's log folder there.",
+                self._setup.name,
+                ", ".join(sorted({addresses[mark] for mark in missing})),
+            )
 
     def _start(self, slot: Slot, address: str) -> Member:
         amounts = dict(slot.resources)
@@ -289,7 +306,9 @@ class Membership:
 
 
 @contextmanager
-def agents_on(reservation: Reservation, setup: AgentSetup, payload: bytes, min_nodes: int) -> Iterator[Membership]:
+def agents_on(
+    reservation: Reservation, setup: AgentSetup, payload: bytes, min_nodes: int, delivery: Delivery
+) -> Iterator[Membership]:
     """Have agents wherever nodes are reserved; they and their workers end with the context.
 
     Args:
@@ -297,12 +316,22 @@ def agents_on(reservation: Reservation, setup: AgentSetup, payload: bytes, min_n
         setup: What each is given.
         payload: The pickled call.
         min_nodes: As many are needed.
+        delivery: Of what their ranks print.
     """
-    membership = Membership(reservation, setup, ray.put(payload), min_nodes)
+    membership = Membership(reservation, setup, ray.put(payload), min_nodes, delivery)
     try:
         yield membership
     finally:
         membership.end()
+
+
+def _marks(ref: Any) -> tuple[str, ...]:
+    """What an agent has answered to its end; one that is gone is not waited for."""
+    try:
+        marks: tuple[str, ...] = ray.get(ref)
+    except RayError:
+        return ()
+    return marks
 
 
 def _kill(handle: Any) -> None:

@@ -10,8 +10,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
@@ -21,10 +19,10 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext, RunProcsResult
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.multiprocessing.tail_log import TailLog
 
 from kfpytorch_ray.cluster import forkserver, worker
 from kfpytorch_ray.cluster.memory import OutOfMemoryWatch
+from kfpytorch_ray.cluster.output import Outlet, Tail, Tails
 from kfpytorch_ray.cluster.protocol import WorkerSpec
 from kfpytorch_ray.cluster.records import Ended
 from kfpytorch_ray.cluster.stacks import Hanging, find_py_spy, take_stacks
@@ -48,6 +46,7 @@ class ForkedWorkers(PContext):
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         failing: Called when a worker has failed, before the others are stopped.
         page: Is told who the workers are, and tells them when they are to stop.
+        outlets: Where their standard output and standard error are passed on.
     """
 
     def __init__(
@@ -60,12 +59,15 @@ class ForkedWorkers(PContext):
         stop_grace_s: float,
         failing: Callable[[], None],
         page: HeartbeatPage,
+        outlets: tuple[Outlet, Outlet],
     ) -> None:
         super().__init__(name, worker.main, dict.fromkeys(envs, ()), envs, logs_specs, log_line_prefixes)
-        self._log_tails = [
-            TailLog(name, self.stdouts, sys.stdout, log_line_prefixes),
-            TailLog(name, self.stderrs, sys.stderr, log_line_prefixes),
-        ]
+        prefixes = log_line_prefixes or {}
+        self._output = Tails(
+            Tail(path, prefixes.get(rank, ""), outlet)
+            for paths, outlet in zip((self.stdouts, self.stderrs), outlets, strict=True)
+            for rank, path in paths.items()
+        )
         self._make_spec = make_spec
         self._stop_grace_s = stop_grace_s
         self._failing = failing
@@ -83,8 +85,7 @@ class ForkedWorkers(PContext):
     def start(self) -> None:
         """Start all workers. Unlike torch's, installs no signal handlers: the actor's process is Ray's."""
         self._start()
-        for tail in self._log_tails:
-            tail.start()
+        self._output.start()
 
     def _start(self) -> None:
         for rank in range(self.nprocs):
@@ -161,16 +162,15 @@ class ForkedWorkers(PContext):
         self._stacks = take_stacks(hanging, find_py_spy())
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-        """Stop what still runs; the passing on of log lines ends behind the caller's back, it takes up to 0.2 s."""
+        """Stop what still runs."""
         if self._closed:
             return
         self._closed = True
         self._close(death_sig or signal.SIGTERM, timeout)
-        threading.Thread(target=self._stop_tailing, name="log-drain").start()
 
-    def _stop_tailing(self) -> None:
-        for tail in self._log_tails:
-            tail.stop()
+    def finish_output(self, timeout_s: float) -> None:
+        """When nobody writes any more: pass on the last lines; takes ``timeout_s`` at most."""
+        self._output.finish(timeout_s)
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
         """``timeout`` is torch's; the grace is this launch's own."""

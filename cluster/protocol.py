@@ -34,6 +34,7 @@ class AgentSetup:
         monitor_interval_s: Longest time between two looks at the workers.
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         silence_timeout_s: Seconds without a pulse of the controller after which the agent and its workers end.
+        output_token: Part of the marks behind what ranks print; empty: nobody waits for them, and there are none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class AgentSetup:
     monitor_interval_s: float
     stop_grace_s: float
     silence_timeout_s: float
+    output_token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,7 @@ class StopRound:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Asks the supervisor to pass on the last log lines and end; answered when it has."""
+    """Asks the supervisor to pass on the last log lines and end; answered with the marks behind them when it has."""
 
 
 @dataclass(frozen=True, slots=True)

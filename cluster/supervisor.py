@@ -10,7 +10,6 @@ import contextlib
 import os
 import pickle
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -24,6 +23,8 @@ from torch.distributed import TCPStore
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
 from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
 from kfpytorch_ray.cluster.guardian import kill_all, strays
+from kfpytorch_ray.cluster.output import Outlet
+from kfpytorch_ray.cluster.processes import ForkedWorkers
 from kfpytorch_ray.cluster.protocol import (
     Failed,
     Failing,
@@ -41,6 +42,8 @@ from kfpytorch_ray.cluster.records import Traces, record_of
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, PAGE_VARIABLE, Beat, HeartbeatPage
 
 _STRAYS_WAIT_S = 5.0
+_OUTPUT_WAIT_S = 5.0
+"""Longest wait for the last lines of a round to be passed on."""
 
 
 def main(connection: Connection, given: SupervisorSetup) -> None:
@@ -65,8 +68,7 @@ def main(connection: Connection, given: SupervisorSetup) -> None:
             except Exception:  # noqa: BLE001 - the actor raises it where somebody can read it
                 answer = Failed(traceback.format_exc())
             connection.send(answer)
-        _drain_logs()
-        connection.send(None)
+        connection.send(supervisor.finish_output())
 
 
 @dataclass
@@ -76,10 +78,14 @@ class _Supervisor:
     store: TCPStore | None = None
     stopped_round: int = -1
     hung_round: int = -1
+    workers: ForkedWorkers | None = None
 
     def __post_init__(self) -> None:
         self.page_path = Path(self.given.folder, PAGE_NAME)
         self.page = HeartbeatPage.open(self.page_path)
+        # Where Ray's processes do not write to files, no lines come to the driver, and no marks.
+        token = "" if os.environ.get("RAY_LOG_TO_STDERR") == "1" else self.given.setup.output_token
+        self.outlets = (Outlet(sys.stdout, token), Outlet(sys.stderr, token))
 
     def answer(self, request: OpenStore | RoundAssignment) -> int | Finished:
         if isinstance(request, OpenStore):
@@ -122,6 +128,7 @@ class _Supervisor:
             stop_ordered=lambda: self._stop_ordered(assignment.round_index),
             failing=lambda: self.connection.send(Failing()),
             page=self.page,
+            outlets=self.outlets,
         )
         started_at = time.time()
         self.page.start_round(assignment.round_index)
@@ -131,6 +138,8 @@ class _Supervisor:
         finally:
             self.page.end_round()
             _end_strays()
+            self.workers = agent.workers
+            self.finish_output()
         beats = self.page.read()
         records = tuple(
             record_of(
@@ -160,6 +169,18 @@ class _Supervisor:
             stderr=None if agent.workers is None else agent.workers.stderrs[rank],
         )
 
+    def finish_output(self) -> tuple[str, ...]:
+        """Pass on the last lines of the last round; the marks behind them, none where nothing was ever printed."""
+        if self.workers is not None:
+            self.workers.finish_output(_OUTPUT_WAIT_S)
+        marks: list[str] = []
+        for outlet in self.outlets:
+            # A full disk, most likely: the lines are not there either.
+            with contextlib.suppress(OSError):
+                if (mark := outlet.mark()) is not None:
+                    marks.append(mark)
+        return tuple(marks)
+
     def take(self, order: StopRound) -> None:
         """Remember an order; the round that it is about may not have come yet."""
         self.stopped_round = max(self.stopped_round, order.round_index)
@@ -186,10 +207,3 @@ def _last_sign(beat: Beat, round_started_at: float) -> float:
     if beat.progressed_at is None:
         return round_started_at
     return time.time() - (time.monotonic() - beat.progressed_at)
-
-
-def _drain_logs() -> None:
-    """Wait until all lines of ended workers are passed on (kfpytorch_ray.cluster.processes)."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(timeout=1.0)

@@ -8,7 +8,6 @@ in the storage as the run's outcome, and the error's message as the last lines o
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -35,8 +34,6 @@ def main(uri: str) -> int:
         The exit code: 0 if every rank returned, 1 if not, 143 if it was stopped.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Ray would pass on similar lines of several ranks once only.
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     location, _, sha256 = uri.partition("#")
     try:
         folder = Storage(location)

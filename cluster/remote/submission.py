@@ -73,6 +73,8 @@ def look(options: RayBackend, address: str, storage: Storage) -> Destination:
         check(travels, options.max_working_dir_bytes)
     environment = dict(runtime_env.get("env_vars") or {})
     environment.setdefault(_STOP_WAIT_VARIABLE, str(math.ceil(options.stop_grace_s + _STOP_MARGIN_S)))
+    # Ray would pass on similar lines of several ranks once only. It reads this when it is imported.
+    environment.setdefault("RAY_DEDUP_LOGS", "0")
     runtime_env["env_vars"] = environment
     client = client_of(options, address)
     _refuse_other_versions(client, storage, {name: part for name, part in runtime_env.items() if name not in _FOLDER})

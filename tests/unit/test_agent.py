@@ -454,6 +454,15 @@ def test_shutdown_leaves_only_the_actor(tmp_path: Path) -> None:
         until(lambda: not any(runs(pid) for pid in left))
 
 
+def test_shutdown_answers_with_the_marks_behind_the_last_lines(tmp_path: Path) -> None:
+    """One for each stream that ranks have printed to, in whatever round; streams without lines have none."""
+    with agent_in(tmp_path, output_token="launch") as agent:
+        agent.run("print('one')", "return None")
+        agent.run("return None", "return None")
+        (mark,) = agent.call("shutdown")
+        assert mark.startswith("launch-")
+
+
 @pytest.mark.parametrize("victim", ["supervisor", "fork server"])
 def test_workers_do_not_outlive_who_would_stop_them(victim: str, tmp_path: Path) -> None:
     """Of an agent whose supervisor or fork server was killed, nothing goes on: its successor may start at once."""
