@@ -9,7 +9,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# Most of their time these tests wait; each process has a cluster of its own.
+# Much of their time the tests wait. A file stays in one process, which has a cluster of its own.
+TEST_PROCESSES ?= 2
 CHAOS_PROCESSES ?= 2
 CHAOS_RUNS ?= 20
 CHAOS = $(BIN)/pytest tests/chaos -n $(CHAOS_PROCESSES) --dist worksteal
@@ -26,7 +27,7 @@ demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 	$(BIN)/python examples/digits.py
 
 test: $(INSTALLED) ## Run all tests
-	$(BIN)/pytest --ignore tests/chaos
+	$(BIN)/pytest --ignore tests/chaos -n $(TEST_PROCESSES) --dist loadfile --durations 15
 	$(CHAOS) --chaos-runs 1
 
 chaos: $(INSTALLED) ## Break every row of the failure table CHAOS_RUNS times (20) and count hangs and leftovers
