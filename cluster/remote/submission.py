@@ -40,8 +40,9 @@ _STOP_MARGIN_S = 30.0
 _FOLDER = ("working_dir", "excludes")
 
 RUN_KEY = "kfpytorch_ray.run"
-ATTEMPT_KEY = "kfpytorch_ray.attempt_of"
-"""Metadata of a job: the run, and the Flyte task of which it is an attempt."""
+ATTEMPT_OF_KEY = "kfpytorch_ray.attempt_of"
+ATTEMPT_KEY = "kfpytorch_ray.attempt"
+"""Metadata of a job: the run, the Flyte task execution that it is an attempt of, and which one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +92,9 @@ def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Des
         ClusterError: The cluster cannot be reached, or refuses it.
     """
     folder = run_folder(to.storage, manifest.run_id)
-    attempt_of = attempt_key(os.environ)
-    if attempt_of is not None:
-        _end_earlier_attempts(to.client, attempt_of)
+    attempt = attempt_in(os.environ)
+    if attempt is not None:
+        _end_earlier_attempts(to.client, attempt)
     try:
         folder.write(MANIFEST, manifest.to_json())
         data = pickle.dumps((request, _inside(options)))
@@ -102,7 +103,7 @@ def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Des
             entrypoint=f"python -m {driver.__name__} {shlex.quote(f'{folder.uri}#{sha256}')}",
             submission_id=manifest.run_id,
             runtime_env=to.runtime_env,
-            metadata={RUN_KEY: manifest.run_id, **({ATTEMPT_KEY: attempt_of} if attempt_of else {})},
+            metadata={RUN_KEY: manifest.run_id, **(attempt.metadata if attempt else {})},
         )
     except BaseException:
         _undo(to.client, folder, manifest.run_id)
@@ -115,26 +116,49 @@ def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Des
     return run
 
 
-def attempt_key(environment: Mapping[str, str]) -> str | None:
-    """What all attempts of one Flyte task execution have in common, hashed; None where this is none.
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt of a Flyte task execution.
+
+    Attributes:
+        of: What all attempts of it have in common, hashed.
+        number: 0 for the first.
+    """
+
+    of: str
+    number: int
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """For the job, by which a later attempt finds it."""
+        return {ATTEMPT_OF_KEY: self.of, ATTEMPT_KEY: str(self.number)}
+
+    def follows(self, metadata: Mapping[str, str]) -> bool:
+        """Whether a job is one of an earlier attempt."""
+        number = metadata.get(ATTEMPT_KEY, "")
+        return metadata.get(ATTEMPT_OF_KEY) == self.of and number.isdecimal() and int(number) < self.number
+
+
+def attempt_in(environment: Mapping[str, str]) -> Attempt | None:
+    """The attempt that an environment belongs to; None where it cannot be told.
 
     Flyte names an attempt's pod after execution, node and attempt, in this order.
     """
     execution = environment.get("FLYTE_INTERNAL_EXECUTION_ID")
-    attempt = environment.get("FLYTE_ATTEMPT_NUMBER")
+    number = environment.get("FLYTE_ATTEMPT_NUMBER", "")
     pod = environment.get("HOSTNAME", "")
-    if not execution or attempt is None or not pod.endswith(f"-{attempt}"):
+    if not execution or not number.isdecimal() or not pod.endswith(f"-{number}"):
         return None
     names = ("FLYTE_INTERNAL_EXECUTION_PROJECT", "FLYTE_INTERNAL_EXECUTION_DOMAIN", "FLYTE_INTERNAL_TASK_NAME")
-    parts = [execution, *(environment.get(name, "") for name in names), pod.removesuffix(f"-{attempt}")]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    parts = [execution, *(environment.get(name, "") for name in names), pod.removesuffix(f"-{number}")]
+    return Attempt(hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32], int(number))
 
 
-def _end_earlier_attempts(client: JobClient, attempt_of: str) -> None:
+def _end_earlier_attempts(client: JobClient, attempt: Attempt) -> None:
     """Stop what an attempt whose pod was lost has left running: this one takes its place, and its nodes."""
     for job in client.list_jobs():
         name = job.submission_id
-        if name and (job.metadata or {}).get(ATTEMPT_KEY) == attempt_of and not job.status.is_terminal():
+        if name and attempt.follows(job.metadata or {}) and not job.status.is_terminal():
             tell(f"an earlier attempt of this task still runs as {name}; it is stopped.")
             client.stop_job(name)
             client.wait_until_over(name)

@@ -11,7 +11,7 @@ import pytest
 
 from kfpytorch_ray import ClusterError, RayBackend
 from kfpytorch_ray.adapters.raycluster import RayAdapter
-from kfpytorch_ray.cluster.remote.submission import ATTEMPT_KEY, Destination, attempt_key, submit
+from kfpytorch_ray.cluster.remote.submission import Attempt, Destination, attempt_in, submit
 from kfpytorch_ray.plan import FlyteContext, LaunchPlan, NodeResources
 from kfpytorch_ray.runs import Manifest, run_folder
 from kfpytorch_ray.storage import Storage, digest_of
@@ -93,34 +93,49 @@ def test_nothing_is_left_where_it_fails(storage: Storage, error: Exception) -> N
 ATTEMPT = {"FLYTE_INTERNAL_EXECUTION_ID": "f1", "FLYTE_ATTEMPT_NUMBER": "2", "HOSTNAME": "f1-n0-0-2"}
 
 
-def test_attempts_of_one_task_have_one_key() -> None:
-    """Whatever their number; other nodes, executions and projects have others."""
-    key = attempt_key(ATTEMPT)
-    assert key == attempt_key({**ATTEMPT, "FLYTE_ATTEMPT_NUMBER": "0", "HOSTNAME": "f1-n0-0-0"})
-    others = [
+def attempt(**other: str) -> Attempt:
+    found = attempt_in({**ATTEMPT, **other})
+    assert found is not None
+    return found
+
+
+def test_a_later_attempt_knows_the_earlier_ones() -> None:
+    """Not itself, which may launch several times, not later ones, and nobody else's job."""
+    second = attempt()
+    first = attempt(FLYTE_ATTEMPT_NUMBER="1", HOSTNAME="f1-n0-0-1")
+    assert second.follows(first.metadata)
+    assert not second.follows(second.metadata)
+    assert not first.follows(second.metadata)
+    assert not second.follows({})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
         {"HOSTNAME": "f1-n0-1-2"},
         {"FLYTE_INTERNAL_EXECUTION_ID": "f2"},
         {"FLYTE_INTERNAL_EXECUTION_PROJECT": "p"},
         {"FLYTE_INTERNAL_TASK_NAME": "t"},
-    ]
-    keys = {attempt_key({**ATTEMPT, **other}) for other in others}
-    assert len(keys | {key}) == 5
-    assert None not in keys
+    ],
+)
+def test_other_tasks_are_left_alone(other: dict[str, str]) -> None:
+    """Of another node, execution, project or name."""
+    assert attempt(**other).of != attempt().of
 
 
 @pytest.mark.parametrize(
     "environment",
     [{}, {"HOSTNAME": "laptop"}, {**ATTEMPT, "HOSTNAME": "laptop"}, {**ATTEMPT, "FLYTE_ATTEMPT_NUMBER": "1"}],
 )
-def test_where_the_attempt_cannot_be_told_there_is_no_key(environment: dict[str, str]) -> None:
+def test_where_the_attempt_cannot_be_told_there_is_none(environment: dict[str, str]) -> None:
     """Stopping somebody else's run would be worse than leaving one."""
-    assert attempt_key(environment) is None
+    assert attempt_in(environment) is None
 
 
-def test_the_key_is_in_the_jobs_metadata(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attempt_is_in_the_jobs_metadata(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """By which the next attempt finds it."""
     for name, value in ATTEMPT.items():
         monkeypatch.setenv(name, value)
     cluster = Cluster()
     send(cluster, storage)
-    assert cluster.submitted["metadata"][ATTEMPT_KEY] == attempt_key(ATTEMPT)
+    assert attempt().metadata.items() <= cluster.submitted["metadata"].items()
