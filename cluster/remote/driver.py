@@ -42,8 +42,7 @@ def main(uri: str) -> int:
         with interruptible(), lease:
             return _run(folder, request, options, lease)
     except KfpytorchRayError as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"{error}\n")
+        _say(error)
         return _EXIT_FAILED
 
 
@@ -72,27 +71,35 @@ def _read(folder: Storage, sha256: str) -> tuple[Manifest, RayRequest, RayBacken
 def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: LeaseWatch) -> int:
     try:
         launched = run_request(request, options, home=False)
+        # Before the outcome, which tells that everything else is there.
+        _keep_log(folder)
         write_success(folder, launched)
     except KfpytorchRayError as error:
-        write_failure(folder, error)
-        _keep_log(folder)
-        raise
+        return _fail(folder, error, _EXIT_FAILED)
     except (SystemExit, KeyboardInterrupt):
-        stopped = RunStoppedError(
-            explain(f"{request.setup.name} was stopped.", lease.reason or "The job was asked to stop.", lease.fix)
-        )
-        write_failure(folder, stopped)
-        sys.stderr.write(f"{stopped}\n")
-        _keep_log(folder)
-        return TERMINATED
-    _keep_log(folder)
+        why = lease.reason or "The job was asked to stop."
+        stopped = RunStoppedError(explain(f"{request.setup.name} was stopped.", why, lease.fix))
+        return _fail(folder, stopped, TERMINATED)
     return 0
+
+
+def _fail(folder: Storage, error: KfpytorchRayError, exit_code: int) -> int:
+    _say(error)
+    _keep_log(folder)
+    write_failure(folder, error)
+    return exit_code
+
+
+def _say(error: KfpytorchRayError) -> None:
+    """As the last lines of the job's log, of which Ray keeps some as the job's message."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{error}\n")
+    sys.stderr.flush()
 
 
 def _keep_log(folder: Storage) -> None:
     """Copy what this job has printed so far to where it outlives the cluster."""
     sys.stdout.flush()
-    sys.stderr.flush()
     log = Path("/proc/self/fd/1").resolve()
     if not log.is_file():
         return

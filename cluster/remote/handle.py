@@ -7,6 +7,7 @@ connection that breaks meanwhile is tried again for ``reconnect_timeout_s``.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 import sys
@@ -117,7 +118,8 @@ class RemoteRun:
     def _whole_log(self) -> str:
         kept = self._folder.read(DRIVER_LOG)
         if kept is not None:
-            return kept.decode(errors="replace")
+            # Line ends as the job server sends them: what it has delivered is counted in characters.
+            return io.TextIOWrapper(io.BytesIO(kept), encoding="utf-8", errors="replace").read()
         text = self._client.get_job_logs(self.run_id) if self._client.job(self.run_id) else ""
         return str(text)
 

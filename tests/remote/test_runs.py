@@ -100,9 +100,14 @@ def test_the_users_own_exception_is_the_cause(head: HeadCluster, storage: str) -
     assert caught.value.__cause__.code == 7
     assert [rank.outcome for rank in caught.value.rounds[0].ranks] == [Outcome.STOPPED, Outcome.RAISED]
     (folder,) = Path(storage.removeprefix("file://"), "runs").iterdir()
-    (job,) = (job for job in head.jobs() if job["submission_id"] == folder.name)
-    assert job["status"] == "FAILED"
-    assert "OddError: 7" in job["message"]
+
+    def message() -> str:
+        (job,) = (job for job in head.jobs() if job["submission_id"] == folder.name)
+        return str(job["message"]) if job["status"] == "FAILED" else ""
+
+    # The outcome is there before its job has ended.
+    wait_until(message, "the job to fail")
+    assert "OddError: 7" in message()
     # Why it failed can be asked again, as long as the storage keeps it.
     assert files(storage) == {"manifest.json", "outcome.json", "outcome.pkl", "driver.log"}
     with pytest.raises(WorkerFailedError, match="rank 1"):
