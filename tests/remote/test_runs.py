@@ -143,6 +143,21 @@ def test_a_run_is_left_and_found_again(head: HeadCluster, storage: str) -> None:
     assert list(run.logs(rank=1)) == []
 
 
+def test_the_last_lines_of_every_rank_are_in_the_log(head: HeadCluster, storage: str) -> None:
+    """Also of ranks that print the same, which Ray would pass on once; what was kept of the log has them as well."""
+
+    def work() -> None:
+        print("the last line")
+
+    run = launch(work, elastic=elastic(head, storage, nnodes=2), wait=False)
+    followed = list(run.logs(follow=True))
+    run.result()
+    for lines in (followed, list(run.logs())):
+        assert {line.partition("[rank ")[2] for line in lines if "the last line" in line} == {
+            f"{rank}] the last line" for rank in range(2)
+        }
+
+
 def test_cancel(head: HeadCluster, storage: str) -> None:
     """The run is stopped when ``cancel`` returns, its workers are gone and its nodes free; again changes nothing."""
 
