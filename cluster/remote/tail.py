@@ -22,6 +22,9 @@ from kfpytorch_ray.cluster.remote.client import CONNECT_TIMEOUT_S, JobClient
 logger = logging.getLogger(__name__)
 
 _PING_S = 10.0
+_STOP_S = 5.0
+_CLOSE_S = 1.0
+"""The job server does not answer a request to close while it has nothing to send."""
 _PAUSES_S = (0.5, 1.0, 2.0, 5.0)
 """Between tries; the last one again and again."""
 
@@ -58,7 +61,8 @@ class LogTail:
         if not self._loop.is_closed():
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._over.set)
-        self._thread.join()
+        # A connection that does not let go must not hold up who stops: the thread is a daemon.
+        self._thread.join(_STOP_S)
 
     def next(self, timeout_s: float) -> str:
         """What has come since the last time, after ``timeout_s`` at the latest; empty if nothing has."""
@@ -97,7 +101,10 @@ class LogTail:
 
     async def _receive(self, session: aiohttp.ClientSession) -> None:
         seen = 0
-        async with session.ws_connect(self._url, heartbeat=_PING_S, max_msg_size=0, **self._client.websocket) as stream:
+        limits = aiohttp.ClientWSTimeout(ws_close=_CLOSE_S)
+        async with session.ws_connect(
+            self._url, heartbeat=_PING_S, max_msg_size=0, timeout=limits, **self._client.websocket
+        ) as stream:
             async for message in stream:
                 if message.type is not aiohttp.WSMsgType.TEXT:
                     continue

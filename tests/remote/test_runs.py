@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import re
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import flytekit
@@ -34,13 +38,23 @@ from kfpytorch_ray.cluster.remote.client import JobClient
 from kfpytorch_ray.results import Outcome
 from kfpytorch_ray.testing import HeadCluster, wait_until
 
-
+ODD = """
 class OddError(ValueError):
-    """A user's exception, with a field that has to survive."""
-
-    def __init__(self, code: int) -> None:
+    def __init__(self, code):
         super().__init__(code)
         self.code = code
+"""
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A user's module with an exception that has a field, in a folder that is sent."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "odd_errors.py").write_text(ODD)
+    monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module("odd_errors")
+    del sys.modules["odd_errors"]
 
 
 def elastic(head: HeadCluster, storage: str, nnodes: int = 1, **options: Any) -> Elastic:
@@ -86,17 +100,17 @@ def test_the_same_objects_as_from_a_local_run(
     assert files(storage) == {"manifest.json", "outcome.json", "driver.log", "collected.json"}
 
 
-def test_the_users_own_exception_is_the_cause(head: HeadCluster, storage: str) -> None:
+def test_the_users_own_exception_is_the_cause(head: HeadCluster, storage: str, odd: ModuleType) -> None:
     """Class and fields of the error, and the rounds, are those of a local run; the job has failed, and says why."""
 
     def work() -> None:
         if os.environ["RANK"] == "1":
-            raise OddError(7)
+            raise odd.OddError(7)
         threading.Event().wait()
 
     with pytest.raises(WorkerFailedError, match="rank 1") as caught:
-        launch(work, elastic=elastic(head, storage, nnodes=2))
-    assert isinstance(caught.value.__cause__, OddError)
+        launch(work, elastic=elastic(head, storage, nnodes=2, working_dir=str(Path(str(odd.__file__)).parent)))
+    assert isinstance(caught.value.__cause__, odd.OddError)
     assert caught.value.__cause__.code == 7
     assert [rank.outcome for rank in caught.value.rounds[0].ranks] == [Outcome.STOPPED, Outcome.RAISED]
     (folder,) = Path(storage.removeprefix("file://"), "runs").iterdir()
@@ -204,7 +218,7 @@ def test_a_flyte_task_and_its_files(head: HeadCluster, storage: str, tmp_path: P
     @task(task_config=config)
     def train(file: FlyteFile, fail: bool) -> FlyteFile:
         if fail:
-            raise OddError(7)
+            raise LookupError("no such data")
         text = Path(file.download()).read_text()
         Path("output.txt").write_text(text.upper())
         return FlyteFile("output.txt")
@@ -213,7 +227,7 @@ def test_a_flyte_task_and_its_files(head: HeadCluster, storage: str, tmp_path: P
     assert Path(returned.download()).read_text() == "TEXT"
     with pytest.raises(FlyteUserRuntimeException) as caught:
         train(file=FlyteFile(str(tmp_path / "input.txt")), fail=True)
-    assert isinstance(caught.value.value.__cause__ or caught.value.__cause__, OddError)
+    assert isinstance(caught.value.value.__cause__ or caught.value.__cause__, LookupError)
 
 
 def test_a_later_attempt_ends_an_earlier_one(
