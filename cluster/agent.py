@@ -56,6 +56,8 @@ PRELOAD = (
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - results pass through memory, in a folder of mode 0700
 _EVERY_ROUND = 2**31
 _LOST_WAIT_S = 10.0
+_LOAD_S = 900.0
+"""Longest time for the call to arrive and the fork server to be warm."""
 
 
 class ElasticAgent:
@@ -110,6 +112,16 @@ class ElasticAgent:
             "kfpytorch_ray.cluster.supervisor", "main", given
         )
 
+        # Ray may lose the kill of an actor that it is just creating: nobody would ever call this one.
+        self._page.extend_lease(_now() + setup.silence_timeout_s)
+
+    def expect_load(self) -> None:
+        """Know that the call is on its way, which may be large, and that the fork server is waited for."""
+        with self._turning:
+            # Calls may overtake each other: what the call's arrival has said must stand.
+            if not self._answered_at:
+                self._page.extend_lease(_now() + _LOAD_S)
+
     def load(self, payload: bytes) -> None:
         """Take the pickled call, once for all rounds, and wait until the fork server is warm.
 
@@ -123,8 +135,10 @@ class ElasticAgent:
             ready = self._await_ready()
         if ready.missing:
             logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
-        self._answered_at = _now()
-        self._extend_lease(self._answered_at + self._setup.silence_timeout_s)
+        with self._turning:
+            self._answered_at = _now()
+            # No later than this: it may have been longer so far.
+            self._page.extend_lease(self._answered_at + self._setup.silence_timeout_s)
 
     def open_store(self) -> int:
         """Open the store of a round whose rank 0 is here, and say its port."""

@@ -246,6 +246,7 @@ class Membership:
             scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, slot.bundle),
         )
         handle: Any = actor.remote(self._setup, address)
+        handle.expect_load.remote()
         return Member(next(self._numbers), slot, address, handle, handle.load.remote(self._payload))
 
     def _take_in(self) -> None:
