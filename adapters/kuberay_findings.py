@@ -12,9 +12,8 @@ from typing import Any
 from flytekit import PodTemplate, Resources
 
 from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, WORKER_CONTAINER
-from kfpytorch_ray.adapters.ray_findings import elastic_warnings, replica_findings, run_option_problems
+from kfpytorch_ray.adapters.ray_findings import job_findings, run_option_problems
 from kfpytorch_ray.backends import Findings, JobConfig
-from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.config import KubeRayBackend
 from kfpytorch_ray.planning import amount_of
 from kfpytorch_ray.pod_template import primary_container
@@ -31,14 +30,9 @@ OVERRIDES = (
 
 def find(config: JobConfig, options: KubeRayBackend) -> Findings:
     """Fields of a config that cannot be honoured."""
-    problems = [*run_option_problems(options), *_option_problems(options)]
-    warnings = _run_policy_warnings(config.run_policy)
-    if is_elastic(config):
-        warnings += elastic_warnings(config)
-    else:
-        found = replica_findings(config)
-        problems += found.problems
-        warnings += found.warnings
+    found = job_findings(config)
+    problems = [*run_option_problems(options), *_option_problems(options), *found.problems]
+    warnings = [*_run_policy_warnings(config.run_policy), *found.warnings]
     if not config.increase_shared_mem:
         warnings.append("increase_shared_mem=False has no effect: KubeRay mounts /dev/shm in every pod of Ray's")
     return Findings(tuple(problems), tuple(warnings))

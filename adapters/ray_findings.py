@@ -17,18 +17,16 @@ _HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout", "last_call_timeout"}
 def find(config: JobConfig, options: RayBackend) -> Findings:
     """Fields of ``config`` that change nothing on Ray, and fields that would change results if they were ignored."""
     problems = [*_amount_problems(options), *run_option_problems(options), *_remote_problems(options)]
-    warnings = _run_policy_warnings(config.run_policy)
-    if is_elastic(config):
-        warnings += elastic_warnings(config)
-    else:
-        found = replica_findings(config)
-        problems += found.problems
-        warnings += found.warnings
-        if options.resources_per_node is not None and _own_resources(config):
-            problems.append(
-                "RayBackend(resources_per_node) would override the resources of master and worker: give one"
-            )
-    return Findings(tuple(problems), tuple(warnings))
+    found = job_findings(config)
+    problems += found.problems
+    if not is_elastic(config) and options.resources_per_node is not None and _own_resources(config):
+        problems.append("RayBackend(resources_per_node) would override the resources of master and worker: give one")
+    return Findings(tuple(problems), (*_run_policy_warnings(config.run_policy), *found.warnings))
+
+
+def job_findings(config: JobConfig) -> Findings:
+    """What no run on Ray can honour of an ``Elastic`` or a ``PyTorch``, however its cluster is had."""
+    return Findings(warnings=tuple(_elastic_warnings(config))) if is_elastic(config) else _replica_findings(config)
 
 
 def lost(config: JobConfig, options: RayBackend, arguments: TaskArguments) -> tuple[str, ...]:
@@ -160,7 +158,7 @@ def _run_policy_warnings(policy: Any) -> list[str]:
     return warnings
 
 
-def elastic_warnings(config: Any) -> list[str]:
+def _elastic_warnings(config: Any) -> list[str]:
     """Fields of an ``Elastic`` that change nothing on Ray."""
     warnings = []
     # What is no dict of strings is a problem that kfpytorch_ray.checks names.
@@ -178,7 +176,7 @@ def _own_resources(config: Any) -> bool:
     return any(part is not None for role in (config.master, config.worker) for part in (role.requests, role.limits))
 
 
-def replica_findings(config: Any) -> Findings:
+def _replica_findings(config: Any) -> Findings:
     """Fields of a ``PyTorch`` job's replicas that Ray cannot honour."""
     problems = []
     restarts = False

@@ -176,6 +176,8 @@ class Storage:
             except BaseException:
                 with contextlib.suppress(Exception):
                     file.discard()
+                # Or it would be completed when it is forgotten.
+                file.closed = True
                 raise
             file.close()
             return

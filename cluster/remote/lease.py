@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from types import TracebackType
 
 from kfpytorch_ray.errors import StorageError
@@ -24,15 +25,17 @@ _LOOKS_PER_LEASE = 4
 """Several tries in a lease: a storage may fail once."""
 
 
-class _Repeating:
-    """A thread that does something again and again, from ``start`` or a ``with`` block on.
+class _LeaseThread(ABC):
+    """Looks after a lease several times while it lasts, from ``start`` or a ``with`` block on.
 
     Args:
-        interval_s: Seconds between two times; None: never.
+        folder: Of the run.
+        lease_s: Seconds; None: there is nothing to do.
     """
 
-    def __init__(self, interval_s: float | None) -> None:
-        self._interval_s = interval_s
+    def __init__(self, folder: Storage, lease_s: float | None) -> None:
+        self._folder = folder
+        self._interval_s = None if lease_s is None else lease_s / _LOOKS_PER_LEASE
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="kfpytorch-ray-lease", daemon=True)
 
@@ -62,37 +65,22 @@ class _Repeating:
             if self._over.wait(self._interval_s):
                 return
 
-    def _do(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _do(self) -> None: ...
 
 
-class LeaseKeeper(_Repeating):
-    """Keeps the lease of a run while the ``with`` block runs.
-
-    Args:
-        folder: Of the run.
-        lease_s: Seconds; None: there is nothing to keep.
-    """
-
-    def __init__(self, folder: Storage, lease_s: float | None) -> None:
-        super().__init__(None if lease_s is None else lease_s / _LOOKS_PER_LEASE)
-        self._folder = folder
+class LeaseKeeper(_LeaseThread):
+    """Keeps the lease of a run."""
 
     def _do(self) -> None:
         self._folder.write(LEASE, uuid.uuid4().hex.encode())
 
 
-class LeaseWatch(_Repeating):
-    """Watches the lease of this process's run while the ``with`` block runs, and ends the process by SIGTERM.
-
-    Args:
-        folder: Of the run.
-        lease_s: Seconds; None: there is nothing to watch.
-    """
+class LeaseWatch(_LeaseThread):
+    """Watches the lease of this process's run, and ends the process by SIGTERM when it has run out."""
 
     def __init__(self, folder: Storage, lease_s: float | None) -> None:
-        super().__init__(None if lease_s is None else lease_s / _LOOKS_PER_LEASE)
-        self._folder = folder
+        super().__init__(folder, lease_s)
         self._lease_s = lease_s or 0.0
         self._seen: bytes | None = None
         self._changed_at = time.monotonic()

@@ -66,15 +66,15 @@ def probe(client: JobClient, storage: Storage, runtime_env: dict[str, Any], *, f
     if known is not None and time.time() - (answer := _parsed(known)).asked_at < _LASTS_S:
         return answer
     # Others may ask at the same time.
-    question = uuid.uuid4().hex
+    question, nonce = uuid.uuid4().hex, uuid.uuid4().hex
     try:
-        folder.write(f"{question}.question", json.dumps({"asked_at": time.time(), "nonce": uuid.uuid4().hex}).encode())
+        folder.write(f"{question}.question", json.dumps({"asked_at": time.time(), "nonce": nonce}).encode())
         _run(client, folder, question, runtime_env)
-        said, asked = folder.read(f"{question}.answer"), folder.read(f"{question}.question")
+        said = folder.read(f"{question}.answer")
     finally:
         for file in (f"{question}.question", f"{question}.answer"):
             folder.remove(file)
-    if said is None or asked is None or json.loads(said)["nonce"] != json.loads(asked)["nonce"]:
+    if said is None or json.loads(said)["nonce"] != nonce:
         raise _not_shared(storage, "The cluster has answered, but not here: it sees another folder under this name.")
     folder.write(name, said)
     return _parsed(said)

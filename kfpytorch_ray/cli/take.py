@@ -55,7 +55,9 @@ def result(
         taken = handle.result(timeout, keep=True)
     except LaunchError:
         if not keep:
-            handle.result(0)
+            # Raises the same again, once what is large is removed.
+            with contextlib.suppress(LaunchError):
+                handle.result(0)
         raise
     if rank not in taken:
         raise ConfigError(run, (f"--rank {rank}: its ranks are 0 to {len(taken) - 1}",))
