@@ -159,8 +159,10 @@ class _Gang:
         A silent node keeps its bundle until Ray gives it up, and an agent that is started there waits as long.
         """
         if not self._placed and (self._group is None or time.monotonic() - self._asked_at > RECONSIDER_S):
-            count = max(self._demand.min_nodes, fitting(self._demand, available(), private=self._private))
-            if self._group is None or self._group.bundle_count != count:
+            would_fit = fitting(self._demand, available(), private=self._private)
+            count = max(self._demand.min_nodes, would_fit)
+            # One that would fit and yet is not placed after that long was forgotten by Ray; a new one is looked at.
+            if self._group is None or self._group.bundle_count != count or would_fit >= count:
                 _release(self._group)
                 strategy = "PACK" if self._private else "STRICT_SPREAD"
                 self._group = self._requests.ask(self._demand.bundles(count), strategy)

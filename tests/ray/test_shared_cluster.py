@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from kfpytorch_ray.cluster import placement
 from kfpytorch_ray.cluster.demand import Demand
@@ -191,6 +191,33 @@ def test_a_launch_waits_for_another_and_says_so(cluster: LaptopCluster, tmp_path
             assert len(later.notes()) == 2
 
 
+def test_a_group_that_would_fit_and_is_not_placed_is_asked_for_again(
+    cluster: LaptopCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray may forget a group: here the first one asks for nodes that do not exist."""
+    asked: list[str] = []
+
+    def forgetful(bundles: Any, strategy: str, name: str, bundle_label_selector: Any) -> PlacementGroup:
+        nowhere = [{"ray.io/node-id": "nowhere"}] * len(bundles)
+        asked.append(name)
+        return placement_group(bundles, strategy, name, bundle_label_selector=nowhere if len(asked) == 1 else None)
+
+    def has_slots() -> bool:
+        reservation.refresh(frozenset(), frozenset())
+        return len(reservation.slots()) == 2
+
+    monkeypatch.setattr(placement, "RECONSIDER_S", 1.0)
+    monkeypatch.setattr(placement, "placement_group", forgetful)
+    whole = {"CPU": 4.0}
+    wait_until(lambda: ray.available_resources().get("CPU") == 8, "the nodes that an earlier test used")
+    with placement.reserved(
+        Demand(whole, whole, 2, 2), name="two", run_id="r2", private=False, autoscaling=False
+    ) as reservation:
+        wait_until(has_slots, "both nodes")
+    assert len(asked) >= 2
+    wait_until(lambda: ray.available_resources().get("CPU") == 8, "all nodes free")
+
+
 def test_a_range_that_has_too_few_nodes_gives_them_back(
     cluster: LaptopCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,13 +241,16 @@ def test_a_range_that_has_too_few_nodes_gives_them_back(
         range_.refresh(frozenset(), frozenset())
         return bool(other.wait(0.05))
 
+    def had_first() -> bool:
+        # The second one cannot be used in the moment in which it asks for each by itself.
+        range_.refresh({second}, frozenset())
+        return bool(placed(1))
+
+    wait_until(lambda: ray.available_resources().get("CPU") == 8, "the nodes that an earlier test used")
     with placement.reserved(
         Demand(whole, whole, 2, 3), name="range", run_id="r1", private=False, autoscaling=False
     ) as range_:
-        wait_until(lambda: placed(2), "both nodes together")
-        # It is about to ask for each by itself, and the second one cannot be used at this moment.
-        range_.refresh({second}, frozenset())
-        wait_until(lambda: placed(1), "the first node")
+        wait_until(had_first, "the first node")
         thief = placement_group([whole], name="thief")
         assert thief.wait(30)
         assert had(0)
