@@ -20,7 +20,7 @@ from kfpytorch_ray.adapters.worker_pods import WorkerGroup, pod_resources, worke
 from kfpytorch_ray.backends import JobConfig
 from kfpytorch_ray.config import KubeRayBackend
 from kfpytorch_ray.pod_template import as_manifest
-from kfpytorch_ray.pods import TaskArguments
+from kfpytorch_ray.task_arguments import TaskArguments
 
 TASK_TYPE = "ray"
 

@@ -39,8 +39,8 @@ from kfpytorch_ray.flyte_worker import (
 )
 from kfpytorch_ray.payload import dump_payload, dump_result, importable, load_result
 from kfpytorch_ray.plan import LaunchPlan
-from kfpytorch_ray.pods import TaskArguments
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
+from kfpytorch_ray.task_arguments import TaskArguments
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

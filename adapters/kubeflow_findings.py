@@ -11,7 +11,7 @@ from typing import Any
 from kfpytorch_ray.adapters.job_message import is_plain_pod
 from kfpytorch_ray.backends import JobConfig
 from kfpytorch_ray.checks import is_elastic
-from kfpytorch_ray.pods import TaskArguments
+from kfpytorch_ray.task_arguments import TaskArguments
 
 
 def lost(config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:

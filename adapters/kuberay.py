@@ -1,33 +1,52 @@
-"""The kuberay backend: Flyte has KubeRay make a Ray cluster, and the plan runs on it as on any other.
+"""The kuberay backend: KubeRay makes a Ray cluster, and the plan runs on it as on any other.
 
-Under Flyte the task is a RayJob. Its driver, this process, is a Ray job on the head pod and runs the plan by the ray
-backend's adapter, which joins the cluster around it. Without Flyte nothing makes the cluster yet.
+Under Flyte the task is a RayJob that Flyte creates. Its driver, this process, is a Ray job on the head pod and runs the
+plan by the ray backend's adapter, which joins the cluster around it. Without Flyte this process creates the RayJob,
+whose driver is one of our own, and follows it as any remote run.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from flytekit.core.context_manager import FlyteContextManager
 from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.adapters import flyte_ray, kuberay_findings
-from kfpytorch_ray.adapters.raycluster import RayAdapter
-from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfig
+from kfpytorch_ray.adapters.kuberay_manifest import ray_job, worker_resources
+from kfpytorch_ray.adapters.raycluster import INSTALL, RayAdapter
+from kfpytorch_ray.adapters.stored_runs import manifest_of
+from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfig, require_package
 from kfpytorch_ray.config import KubeRayBackend, RayBackend, RayRunOptions
-from kfpytorch_ray.errors import BackendUnavailableError, explain
+from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, explain
 from kfpytorch_ray.plan import LaunchPlan
-from kfpytorch_ray.pods import TaskArguments
+from kfpytorch_ray.planning import node_resources
+from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult
+from kfpytorch_ray.run import Run
+from kfpytorch_ray.runs import Manifest, run_folder, storage_of
+from kfpytorch_ray.storage import Digest
+from kfpytorch_ray.task_arguments import TaskArguments
 
 if TYPE_CHECKING:
+    from kfpytorch_ray.cluster.remote.handle import RemoteRun
     from kfpytorch_ray.cluster.request import RayRequest
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the entrypoint of a job, and nowhere else."""
+
+
+EXAMPLE_RUN = "kfr-example"
+EXAMPLE_STORAGE = "s3://bucket/prefix"
+"""Where a RayJob is shown and not created."""
+
+NEEDS_IMAGE = (
+    "without Flyte image='REGISTRY/NAME:TAG' is needed: what all pods run, with ray, torch and kfpytorch_ray in the "
+    "versions of this machine"
+)
 
 
 class KubeRayAdapter:
@@ -75,6 +94,19 @@ class KubeRayAdapter:
         """Always: this process is the driver, never a worker."""
         return True
 
+    def kubernetes_manifests(self, config: JobConfig, arguments: TaskArguments) -> tuple[dict[str, Any], ...]:
+        """The RayJob that this process creates without Flyte; names of a run and its storage are examples."""
+        from kfpytorch_ray.cluster.kube.entrypoint import entrypoint
+
+        folder = f"{self._options.storage or EXAMPLE_STORAGE}/runs/{EXAMPLE_RUN}"
+        example = Digest("0" * 64, 0)
+        command = entrypoint(EXAMPLE_RUN, folder, example.sha256, example)
+        return (self._draft(config, arguments, EXAMPLE_RUN, command),)
+
+    def kubernetes_lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
+        """Every field that does not arrive where this process creates the RayJob, and why."""
+        return kuberay_findings.lost_without_flyte(config, self._options, arguments)
+
     def build(self, plan: LaunchPlan) -> RayRequest:
         """What the driver asks of the Ray around it.
 
@@ -84,17 +116,85 @@ class KubeRayAdapter:
         return RayAdapter(inside_options(self._options)).build(plan)
 
     def run(self, plan: LaunchPlan) -> ElasticResult:
-        """Run the plan on the cluster whose head pod this process is on.
+        """Run the plan on the cluster whose head pod this process is on, else on one that KubeRay is asked for.
 
         Raises:
-            BackendUnavailableError: This process is not the driver of a Ray job, or Ray is not installed.
+            BackendUnavailableError: Flyte did not start this process on a Ray cluster, or Ray is not installed.
+            ConfigError: An option that is needed is missing, or KubeRay would refuse the RayJob.
             PayloadError: The function or an input cannot be pickled.
+            ClusterError: The Kubernetes cluster cannot be used.
+            StorageError: The storage cannot be used.
             PlacementError: The nodes cannot be had.
             LaunchError: A rank or a node failed.
         """
-        if RAY_JOB_VARIABLE not in os.environ:
+        if RAY_JOB_VARIABLE in os.environ:
+            return RayAdapter(inside_options(self._options)).run(plan)
+        return self._submit(plan).follow()
+
+    def start(self, plan: LaunchPlan) -> Run:
+        """Have KubeRay start the plan, and return at once.
+
+        Raises:
+            KfpytorchRayError: As ``run``, but for what happens to the plan itself.
+        """
+        run = self._submit(plan)
+        run.keep_lease()
+        return run
+
+    def attach(self, manifest: Manifest) -> Run:
+        """Open a run that KubeRay was asked for before.
+
+        Raises:
+            BackendUnavailableError: Ray is not installed.
+            ConfigError: The kubeconfig or the context is not there.
+        """
+        require_package("ray", "ray", INSTALL)
+        from kfpytorch_ray.cluster.kube.kuberay_job import KubeRayJob
+        from kfpytorch_ray.cluster.kube.submission import namespace_of
+        from kfpytorch_ray.cluster.remote.handle import RemoteRun
+
+        namespace, _, context = manifest.address.partition("@")
+        mine = self._options
+        options = replace(mine, namespace=mine.namespace or namespace, context=mine.context or context or None)
+        folder = run_folder(storage_of(manifest.storage), manifest.run_id)
+        return RemoteRun(
+            manifest,
+            folder,
+            options,
+            lambda: KubeRayJob(namespace_of(options), manifest.run_id, options.ready_timeout_s),
+        )
+
+    def _submit(self, plan: LaunchPlan) -> RemoteRun:
+        if os.environ.get(REMOTE_EXECUTION_VARIABLE):
             raise BackendUnavailableError(_no_cluster(plan.name))
-        return RayAdapter(inside_options(self._options)).run(plan)
+        require_package("ray", "ray", INSTALL)
+        from kfpytorch_ray.cluster.kube.submission import look, namespace_of, submit
+
+        options = self._options
+        if options.image is None:
+            raise ConfigError("KubeRayBackend", (NEEDS_IMAGE,))
+        storage = storage_of(options.storage)
+        namespace = namespace_of(options)
+        run = manifest_of(plan, options.name, options, storage.uri, f"{namespace.name}@{options.context or ''}")
+        draft = self._draft(plan.config, plan.arguments, run.run_id, "python")
+        destination = look(options, draft, namespace, storage)
+        request = RayAdapter(self._outside_options(plan)).build(relocated(plan, storage, run.run_id))
+        inside = replace(inside_options(options), working_dir="", autoscaling=options.cluster is None)
+        return submit(request, inside, run, draft, options, destination)
+
+    def _draft(self, config: JobConfig, arguments: TaskArguments, name: str, entrypoint: str) -> dict[str, Any]:
+        from kfpytorch_ray.cluster.runtime_env import driver_environment
+
+        runtime_env = {**(self._options.runtime_env or {}), "env_vars": driver_environment(self._options)}
+        return ray_job(config, self._options, arguments, name=name, entrypoint=entrypoint, runtime_env=runtime_env)
+
+    def _outside_options(self, plan: LaunchPlan) -> RayBackend:
+        """Options by which the request is built here for a driver that is there."""
+        shared = {field.name: getattr(self._options, field.name) for field in fields(RayRunOptions)}
+        own = worker_resources(self._options, plan.arguments)
+        # A task's are in the plan; a launch's are the backend's.
+        amounts = None if own == plan.arguments.resources else node_resources(own, workers=plan.nproc_per_node).amounts
+        return RayBackend(resources_per_node=None if amounts is None else dict(amounts), **shared)
 
 
 def inside_options(options: KubeRayBackend) -> RayBackend:
@@ -118,15 +218,9 @@ def _fast_registered_code() -> str | None:
 
 
 def _no_cluster(name: str) -> str:
-    if os.environ.get(REMOTE_EXECUTION_VARIABLE):
-        return explain(
-            f"{name} runs on the backend 'kuberay', but not on a Ray cluster.",
-            "Flyte ran the task type 'ray' as a plain pod, so its ray plugin is not enabled.",
-            "Enable it in Flyte's configuration, tasks.task-plugins: add ray to enabled-plugins and ray: ray to "
-            "default-for-task-types.",
-        )
     return explain(
-        f"{name} cannot run on the backend 'kuberay' here.",
-        "Without Flyte nothing makes the KubeRay cluster yet: this version reaches KubeRay through Flyte only.",
-        "Register and run the task on Flyte, or run it on a Ray that is there: backend=RayBackend(address=...).",
+        f"{name} runs on the backend 'kuberay', but not on a Ray cluster.",
+        "Flyte ran the task type 'ray' as a plain pod, so its ray plugin is not enabled.",
+        "Enable it in Flyte's configuration, tasks.task-plugins: add ray to enabled-plugins and ray: ray to "
+        "default-for-task-types.",
     )

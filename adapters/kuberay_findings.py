@@ -7,19 +7,31 @@ pluginmachinery/flytek8s); the reasons name the rule. Pure.
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 from flytekit import PodTemplate, Resources
 
 from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, WORKER_CONTAINER
-from kfpytorch_ray.adapters.ray_findings import job_findings, run_option_problems
+from kfpytorch_ray.adapters.ray_findings import is_amount, job_findings, run_option_problems, stored_option_problems
 from kfpytorch_ray.backends import Findings, JobConfig
-from kfpytorch_ray.config import KubeRayBackend
+from kfpytorch_ray.checks import one_of
+from kfpytorch_ray.config import KubeRayBackend, RayRunOptions, StoredRunOptions
 from kfpytorch_ray.planning import amount_of
 from kfpytorch_ray.pod_template import primary_container
-from kfpytorch_ray.pods import TaskArguments
+from kfpytorch_ray.task_arguments import TaskArguments
 
 _OWNED_BY_US = frozenset({"num-cpus", "num-gpus", "resources"})
+
+SUBMISSION_MODES = ("K8sJobMode", "SidecarMode", "HTTPMode")
+"""Of KubeRay, less the one in which a person submits the job."""
+
+_WITHOUT_FLYTE = (
+    *sorted({field.name for field in fields(StoredRunOptions)} - {field.name for field in fields(RayRunOptions)}),
+    *("image", "requests", "limits", "namespace", "context", "kubeconfig", "cluster", "service_account", "labels"),
+    *("annotations", "ray_version", "submission_mode", "ready_timeout_s", "spec"),
+)
+"""Options that have no effect under Flyte, which creates the RayJob itself."""
 
 OVERRIDES = (
     "with_overrides(requests=, limits=, resources=) of a workflow node changes the submitting pod only, because head "
@@ -31,7 +43,13 @@ OVERRIDES = (
 def find(config: JobConfig, options: KubeRayBackend) -> Findings:
     """Fields of a config that cannot be honoured."""
     found = job_findings(config)
-    problems = [*run_option_problems(options), *_option_problems(options), *found.problems]
+    problems = [
+        *run_option_problems(options),
+        *stored_option_problems(options),
+        *_option_problems(options),
+        *_direct_problems(options),
+        *found.problems,
+    ]
     warnings = [*_run_policy_warnings(config.run_policy), *found.warnings]
     if not config.increase_shared_mem:
         warnings.append("increase_shared_mem=False has no effect: KubeRay mounts /dev/shm in every pod of Ray's")
@@ -71,6 +89,12 @@ def lost(config: JobConfig, options: KubeRayBackend, arguments: TaskArguments) -
             "run_policy.active_deadline_seconds counts from the driver's start: Flyte cannot set it on the RayJob, so "
             "pods that never start are bounded by @task(timeout=) only"
         )
+    plain = KubeRayBackend()
+    found += [
+        f"KubeRayBackend({name}) has no effect under Flyte, which creates the RayJob itself"
+        for name in _WITHOUT_FLYTE
+        if getattr(options, name) != getattr(plain, name)
+    ]
     if not arguments.bounded:
         found.append(
             "rdzv join time-outs do not bound the wait for the first pods, because the driver starts when all of them "
@@ -79,6 +103,29 @@ def lost(config: JobConfig, options: KubeRayBackend, arguments: TaskArguments) -
     if arguments.pod_template is not None:
         found.append("pod_template shapes head, workers and submitting pod alike; so do its node selectors")
     return (*dict.fromkeys(found), OVERRIDES)
+
+
+def lost_without_flyte(config: JobConfig, options: KubeRayBackend, arguments: TaskArguments) -> tuple[str, ...]:
+    """Every field that does not arrive, or means something else, in a RayJob that this process creates."""
+    found = [*find(config, options).warnings]
+    policy = config.run_policy
+    if policy is None or policy.ttl_seconds_after_finished is None:
+        found.append(
+            f"run_policy.ttl_seconds_after_finished=None means {DEFAULT_TTL_S} s here, not for ever: an ended cluster "
+            "holds its nodes"
+        )
+    if arguments.accelerator is not None:
+        found.append(
+            "accelerator has no effect: what its node label is called Flyte's platform knows; select nodes by "
+            "KubeRayBackend(worker_pod_template=PodTemplate(V1PodSpec(node_selector=...)))"
+        )
+    if arguments.shared_memory:
+        found.append("shared_memory has no effect: KubeRay mounts /dev/shm, as large as the pod's memory limit")
+    if arguments.bounded:
+        found.append("@task(timeout=) is Flyte's: give run_policy.active_deadline_seconds")
+    if options.image is None:
+        found.append("container_image is Flyte's: give KubeRayBackend(image=...), or no RayJob can be created")
+    return tuple(dict.fromkeys(found))
 
 
 def _run_policy_warnings(policy: Any) -> list[str]:
@@ -110,7 +157,31 @@ def _option_problems(options: KubeRayBackend) -> list[str]:
         problems.append(
             f"KubeRayBackend(idle_timeout_s) must be a whole number of seconds greater than 0, not {timeout!r}"
         )
-    return problems + _runtime_env_problems(options.runtime_env)
+    return problems + _json_problems("runtime_env", options.runtime_env)
+
+
+def _direct_problems(options: KubeRayBackend) -> list[str]:
+    """Of the options of a RayJob that this process creates."""
+    problems = []
+    for name in ("requests", "limits"):
+        asked = getattr(options, name)
+        if asked is not None and not isinstance(asked, Resources):
+            problems.append(f"KubeRayBackend({name}) must be Resources(...), not {asked!r}")
+    for name in ("image", "namespace", "context", "kubeconfig", "cluster", "service_account", "ray_version"):
+        text = getattr(options, name)
+        if text is not None and not (isinstance(text, str) and text):
+            problems.append(f"KubeRayBackend({name}) must be a string, not {text!r}")
+    for name in ("labels", "annotations"):
+        words = getattr(options, name)
+        if not (isinstance(words, dict) and all(isinstance(text, str) for pair in words.items() for text in pair)):
+            problems.append(f"KubeRayBackend({name}) must be a dict of strings, not {words!r}")
+    if options.submission_mode not in SUBMISSION_MODES:
+        problems.append(
+            f"KubeRayBackend(submission_mode={options.submission_mode!r}): expected {one_of(SUBMISSION_MODES)}"
+        )
+    if not (is_amount(options.ready_timeout_s) and options.ready_timeout_s):
+        problems.append("KubeRayBackend(ready_timeout_s) must be a number of seconds greater than 0")
+    return problems + _json_problems("spec", options.spec)
 
 
 def _start_param_problems(name: str, params: Any) -> list[str]:
@@ -122,11 +193,11 @@ def _start_param_problems(name: str, params: Any) -> list[str]:
     ]
 
 
-def _runtime_env_problems(runtime_env: Any) -> list[str]:
+def _json_problems(name: str, value: Any) -> list[str]:
     try:
-        json.dumps(runtime_env)
+        json.dumps(value)
     except (TypeError, ValueError) as error:
-        return [f"KubeRayBackend(runtime_env) cannot be written as JSON: {error}"]
+        return [f"KubeRayBackend({name}) cannot be written as JSON: {error}"]
     return []
 
 

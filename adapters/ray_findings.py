@@ -7,16 +7,21 @@ from urllib.parse import urlsplit
 
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic, one_of
-from kfpytorch_ray.config import ON_INTERRUPT, RayBackend, RayRunOptions, RestartPolicy
-from kfpytorch_ray.pods import TaskArguments
+from kfpytorch_ray.config import ON_INTERRUPT, RayBackend, RayRunOptions, RestartPolicy, StoredRunOptions
 from kfpytorch_ray.storage import problem_of_uri
+from kfpytorch_ray.task_arguments import TaskArguments
 
 _HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout", "last_call_timeout"})
 
 
 def find(config: JobConfig, options: RayBackend) -> Findings:
     """Fields of ``config`` that change nothing on Ray, and fields that would change results if they were ignored."""
-    problems = [*_amount_problems(options), *run_option_problems(options), *_remote_problems(options)]
+    problems = [
+        *_amount_problems(options),
+        *run_option_problems(options),
+        *stored_option_problems(options),
+        *_remote_problems(options),
+    ]
     found = job_findings(config)
     problems += found.problems
     if not is_elastic(config) and options.resources_per_node is not None and _own_resources(config):
@@ -51,7 +56,7 @@ def _amount_problems(options: RayBackend) -> list[str]:
     return [
         f"RayBackend(resources_per_node): {name!r} must be a number that is not negative, not {amount!r}"
         for name, amount in amounts.items()
-        if not _is_amount(amount)
+        if not is_amount(amount)
     ]
 
 
@@ -62,7 +67,7 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
     problems += [
         f"{backend}({name}) must be a number of seconds that is not negative"
         for name in ("stop_grace_s", "checkpoint_grace_s", "grow_cooldown_s")
-        if not _is_amount(getattr(options, name))
+        if not is_amount(getattr(options, name))
     ]
     problems += [
         f"{backend}({name}) must be a number of seconds greater than 0"
@@ -70,7 +75,7 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
             ("silence_timeout_s", options.silence_timeout_s),
             ("hang_timeout_s", options.hang_timeout_s),
         )
-        if not (_is_amount(value) and value) and not (name != "silence_timeout_s" and value is None)
+        if not (is_amount(value) and value) and not (name != "silence_timeout_s" and value is None)
     ]
     failures = options.max_node_failures
     if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
@@ -108,8 +113,6 @@ def _remote_problems(options: RayBackend) -> list[str]:
         )
     if address is not None and (urlsplit(address).username or urlsplit(address).password):
         problems.append("RayBackend(address) has credentials in it, which would be shown: give them as headers")
-    if options.storage is not None and (problem := problem_of_uri(options.storage)):
-        problems.append(f"RayBackend(storage) {problem}")
     if not (
         isinstance(options.headers, dict)
         and all(isinstance(text, str) for pair in options.headers.items() for text in pair)
@@ -117,18 +120,27 @@ def _remote_problems(options: RayBackend) -> list[str]:
         problems.append("RayBackend(headers) must be a dict of strings")
     if not isinstance(options.verify, bool | str):
         problems.append(f"RayBackend(verify) must be True, False or a path, not {options.verify!r}")
+    return problems
+
+
+def stored_option_problems(options: StoredRunOptions) -> list[str]:
+    """What is wrong with the options of a run whose cluster is elsewhere."""
+    backend = type(options).__name__
+    problems = []
+    if options.storage is not None and (problem := problem_of_uri(options.storage)):
+        problems.append(f"{backend}(storage) {problem}")
     if options.on_interrupt not in ON_INTERRUPT:
-        problems.append(f"RayBackend(on_interrupt={options.on_interrupt!r}): expected {one_of(ON_INTERRUPT)}")
+        problems.append(f"{backend}(on_interrupt={options.on_interrupt!r}): expected {one_of(ON_INTERRUPT)}")
     problems += [
-        f"RayBackend({name}) must be a number of seconds that is not negative"
+        f"{backend}({name}) must be a number of seconds that is not negative"
         for name in ("retention_s", "reconnect_timeout_s")
-        if not _is_amount(getattr(options, name))
+        if not is_amount(getattr(options, name))
     ]
-    if options.lease_s is not None and not (_is_amount(options.lease_s) and options.lease_s):
-        problems.append("RayBackend(lease_s) must be a number of seconds greater than 0")
+    if options.lease_s is not None and not (is_amount(options.lease_s) and options.lease_s):
+        problems.append(f"{backend}(lease_s) must be a number of seconds greater than 0")
     size = options.max_working_dir_bytes
     if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
-        problems.append("RayBackend(max_working_dir_bytes) must be a whole number of bytes greater than 0")
+        problems.append(f"{backend}(max_working_dir_bytes) must be a whole number of bytes greater than 0")
     return problems
 
 
@@ -143,7 +155,8 @@ def without_effect(options: RayBackend) -> list[str]:
     ]
 
 
-def _is_amount(value: object) -> bool:
+def is_amount(value: object) -> bool:
+    """Whether a value is a finite number that is not negative."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 

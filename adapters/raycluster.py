@@ -11,24 +11,24 @@ import hashlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.adapters import ray_findings
 from kfpytorch_ray.adapters.job_message import job_message
+from kfpytorch_ray.adapters.stored_runs import manifest_of
 from kfpytorch_ray.backends import Findings, JobConfig, require_package
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.doctor.finding import Finding
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.payload import dump_payload, import_root
 from kfpytorch_ray.plan import LaunchPlan
-from kfpytorch_ray.pods import TaskArguments
 from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
-from kfpytorch_ray.runs import Manifest, new_run_id, run_folder, storage_of, whoami
+from kfpytorch_ray.runs import Manifest, run_folder, storage_of
+from kfpytorch_ray.task_arguments import TaskArguments
 
 if TYPE_CHECKING:
     from kfpytorch_ray.cluster.remote.handle import RemoteRun
@@ -180,10 +180,15 @@ class RayAdapter:
             StorageError: The storage cannot be used.
         """
         require_package("ray", "ray", INSTALL)
+        from kfpytorch_ray.cluster.remote.client import client_of
         from kfpytorch_ray.cluster.remote.handle import RemoteRun
+        from kfpytorch_ray.cluster.remote.ray_job import RayJob
 
         folder = run_folder(storage_of(manifest.storage), manifest.run_id)
-        return RemoteRun(manifest, folder, self._options, self._options.address or manifest.address)
+        address = self._options.address or manifest.address
+        return RemoteRun(
+            manifest, folder, self._options, lambda: RayJob(client_of(self._options, address), manifest.run_id)
+        )
 
     def examine(self, wait_s: float) -> Iterator[Finding]:
         """Look at the cluster that a launch would run on.
@@ -215,21 +220,8 @@ class RayAdapter:
         options = self._options
         storage = storage_of(options.storage)
         destination = look(options, address, storage)
-        run_id = new_run_id(plan.name)
-        request = self.build(relocated(plan, storage, run_id))
-        manifest = Manifest(
-            run_id=run_id,
-            name=plan.name,
-            backend=options.name,
-            storage=storage.uri,
-            address=address,
-            created_at=time.time(),
-            created_by=whoami(),
-            nodes=_nodes_of(plan),
-            nproc_per_node=plan.nproc_per_node,
-            retention_s=options.retention_s,
-            lease_s=options.lease_s,
-        )
+        manifest = manifest_of(plan, options.name, options, storage.uri, address)
+        request = self.build(relocated(plan, storage, manifest.run_id))
         return submit(request, manifest, options, destination)
 
     def _remote_address(self) -> str | None:
@@ -255,8 +247,3 @@ def _search_path(function: Callable[..., Any], working_dir: str) -> tuple[str, .
     mine = [path for path in here if not Path(path).is_relative_to(sys.prefix)]
     sent = Path(working_dir).absolute()
     return (*here, *(os.path.relpath(path, sent) for path in mine if Path(path).is_relative_to(sent)))
-
-
-def _nodes_of(plan: LaunchPlan) -> str:
-    """How many nodes a plan asks for, as in ``Elastic(nnodes=...)``."""
-    return str(plan.min_nodes) if plan.min_nodes == plan.max_nodes else f"{plan.min_nodes}:{plan.max_nodes}"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any
 
 from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE
-from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.config import RayBackend, RayRunOptions
 
 logger = logging.getLogger(__name__)
+
+_STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Read by a job's supervisor: how long its driver may take to stop its workers before it is killed."""
+_STOP_MARGIN_S = 30.0
 
 
 def runtime_env_of(options: RayBackend) -> dict[str, Any]:
@@ -19,7 +24,7 @@ def runtime_env_of(options: RayBackend) -> dict[str, Any]:
     return {**environment, "working_dir": folder, "excludes": list(options.excludes)} if folder else environment
 
 
-def working_dir_of(options: RayBackend) -> str:
+def working_dir_of(options: RayRunOptions) -> str:
     """The folder that is sent so that nodes find the user's modules; empty if none is."""
     # The job brings them already (ray job submit --working-dir).
     if "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
@@ -34,3 +39,12 @@ def working_dir_of(options: RayBackend) -> str:
         logger.info("Nothing is sent to other nodes: %s is no project folder. See RayBackend(working_dir=).", folder)
         return ""
     return folder
+
+
+def driver_environment(options: RayRunOptions) -> dict[str, str]:
+    """Variables of a driver that is a Ray job: the user's, and those that Ray reads for us."""
+    environment = dict((options.runtime_env or {}).get("env_vars") or {})
+    environment.setdefault(_STOP_WAIT_VARIABLE, str(math.ceil(options.stop_grace_s + _STOP_MARGIN_S)))
+    # Ray would pass on similar lines of several ranks once only. It reads this when it is imported.
+    environment.setdefault("RAY_DEDUP_LOGS", "0")
+    return environment

@@ -195,8 +195,34 @@ class RayRunOptions:
     runtime_env: dict[str, Any] | None = None
 
 
+@dataclass(kw_only=True)
+class StoredRunOptions(RayRunOptions):
+    """What concerns a run whose cluster is elsewhere: its call goes there, and its results come back, by a storage.
+
+    Args:
+        storage: Folder that this machine and the cluster both reach, as an fsspec URI (``"s3://bucket/prefix"``, or a
+            local path on a disk that they share). None: the variable ``KFPYTORCH_RAY_STORAGE``. Whoever can write
+            there can run code here and there.
+        max_working_dir_bytes: Largest ``working_dir`` that is sent. More than 100 MiB Ray's job API does not take.
+        on_interrupt: What Ctrl-C and SIGTERM do to a run that this process waits for: ``"stop"`` stops it,
+            ``"detach"`` leaves it running, ``"ask"`` asks where there is a terminal and stops it elsewhere.
+        lease_s: Seconds without a sign of life of this process after which the run stops itself. None: it runs on
+            without this process, until somebody attaches to it again.
+        retention_s: Seconds after which ``kfpytorch-ray gc`` may remove what the run has left in ``storage``.
+        reconnect_timeout_s: Seconds for which a lost connection to the cluster is tried again before it is an error.
+        **options: As in ``RayRunOptions``.
+    """
+
+    storage: str | None = None
+    max_working_dir_bytes: int = DEFAULT_MAX_WORKING_DIR_BYTES
+    on_interrupt: str = "ask"
+    lease_s: float | None = None
+    retention_s: float = DEFAULT_RETENTION_S
+    reconnect_timeout_s: float = 600.0
+
+
 @dataclass
-class RayBackend(RayRunOptions):
+class RayBackend(StoredRunOptions):
     """Run on a Ray that can be reached: one elastic agent actor per node.
 
     ``working_dir=None`` sends the current directory, unless the Ray job already has one. Only a launch that joins the
@@ -212,22 +238,11 @@ class RayBackend(RayRunOptions):
             (memory in bytes; any custom resource). None: the task's requests and limits, else one CPU per worker.
         autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
             until the join timeout, instead of being refused at once.
-        max_working_dir_bytes: Largest ``working_dir`` that is sent to a remote cluster. More than 100 MiB Ray's job API
-            does not take.
-        storage: Folder that this machine and the cluster both reach, as an fsspec URI (``"s3://bucket/prefix"``, or a
-            local path on a disk that they share). The call travels there and the results come back by it. None: the
-            variable ``KFPYTORCH_RAY_STORAGE``. Whoever can write there can run code here and there. For a remote
-            address only, as all that follow.
         headers: HTTP headers of every request to the job API. Ray's own token needs none: ``RAY_AUTH_TOKEN``, or the
-            file that ``RAY_AUTH_TOKEN_PATH`` names, is sent where ``RAY_AUTH_MODE=token``.
+            file that ``RAY_AUTH_TOKEN_PATH`` names, is sent where ``RAY_AUTH_MODE=token``. For a remote address only,
+            as all that follow.
         verify: Whether the server's TLS certificate is verified, or the file or folder of certificates to trust.
-        on_interrupt: What Ctrl-C and SIGTERM do to a remote run that this process waits for: ``"stop"`` stops it,
-            ``"detach"`` leaves it running, ``"ask"`` asks where there is a terminal and stops it elsewhere.
-        lease_s: Seconds without a sign of life of this process after which a remote run stops itself. None: it runs
-            on without this process, until somebody attaches to it again.
-        retention_s: Seconds after which ``kfpytorch-ray gc`` may remove what a run has left in ``storage``.
-        reconnect_timeout_s: Seconds for which a lost connection to the cluster is tried again before it is an error.
-        **options: As in ``RayRunOptions``.
+        **options: As in ``StoredRunOptions``, which are for a remote address only, and in ``RayRunOptions``.
     """
 
     name: ClassVar[str] = "ray"
@@ -235,23 +250,21 @@ class RayBackend(RayRunOptions):
     address: str | None = None
     resources_per_node: dict[str, float] | None = None
     autoscaling: bool = False
-    max_working_dir_bytes: int = DEFAULT_MAX_WORKING_DIR_BYTES
-    storage: str | None = None
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     verify: bool | str = True
-    on_interrupt: str = "ask"
-    lease_s: float | None = None
-    retention_s: float = DEFAULT_RETENTION_S
-    reconnect_timeout_s: float = 600.0
 
 
 @dataclass(kw_only=True)
-class KubeRayBackend(RayRunOptions):
-    """Run on a Ray cluster that KubeRay makes for the task: under Flyte, by its ``ray`` plugin (Flyte 1.14 or later).
+class KubeRayBackend(StoredRunOptions):
+    """Run on a Ray cluster that KubeRay makes for the task.
+
+    Under Flyte (1.14 or later) its ``ray`` plugin asks KubeRay for it. Elsewhere, in a script, a notebook, a local
+    execution or by ``launch()``, this process does: it creates a RayJob in ``namespace``, follows it, and takes the
+    result from ``storage``; the call travels there, too. Closing this process is as for a remote Ray.
 
     The task's requests and limits are those of one Ray worker pod, in which one node's workers run. The driver runs on
-    the head pod, which has no GPU and takes no workers. ``working_dir=None`` sends fast registration's code, and
-    nothing where the code is in the image.
+    the head pod, which has no GPU and takes no workers. ``working_dir=None`` sends the current directory; under Flyte
+    fast registration's code, and nothing where the code is in the image.
 
     Args:
         head_requests: Resources of the head pod. None: 1 CPU and 4Gi.
@@ -263,7 +276,26 @@ class KubeRayBackend(RayRunOptions):
         worker_start_params: Parameters of ``ray start`` on worker pods.
         idle_timeout_s: Seconds after which Ray's autoscaler gives an idle node of a range back. None: its default.
         gpu_resource: What the cluster calls a GPU.
-        **options: As in ``RayRunOptions``.
+        image: Image of all pods, with the packages of this machine in the same versions. Flyte takes the task's own;
+            elsewhere it is needed. This and all that follow, ``StoredRunOptions`` too, have no effect under Flyte.
+        requests: Resources of a worker pod where there is no task that says so, as in ``launch()``.
+        limits: Its limits likewise.
+        namespace: Where the RayJob is created. None: the context's, else ``"default"``.
+        context: Of the kubeconfig. None: its current one.
+        kubeconfig: Path of the kubeconfig. None: ``KUBECONFIG``, else ``~/.kube/config``, else the service account of
+            the pod that this process is in.
+        cluster: Name of a RayCluster in ``namespace`` that is there already and is used instead of a new one.
+        service_account: Of all pods. None: the namespace's default.
+        labels: Of the RayJob, which KubeRay copies to its cluster: queues of Kueue, Volcano, YuniKorn.
+        annotations: Likewise.
+        ray_version: Of the image. None: of the ray that is installed here.
+        submission_mode: Who submits the driver: ``"K8sJobMode"`` a pod of its own, ``"SidecarMode"`` a container of the
+            head pod (KubeRay 1.5), ``"HTTPMode"`` the operator.
+        ready_timeout_s: Seconds within which the driver has to start; pods wait for nodes and pull images.
+        spec: What else the RayJob's ``spec`` holds, in KubeRay's own words; laid over ours, dict by dict. For
+            ``deletionStrategy``, ``rayClusterSpec: {autoscalerOptions, authOptions, gcsFaultToleranceOptions}`` and
+            whatever comes.
+        **options: As in ``StoredRunOptions`` and ``RayRunOptions``.
     """
 
     name: ClassVar[str] = "kuberay"
@@ -276,6 +308,20 @@ class KubeRayBackend(RayRunOptions):
     worker_start_params: dict[str, str] = field(default_factory=dict)
     idle_timeout_s: int | None = None
     gpu_resource: str = "nvidia.com/gpu"
+    image: str | None = None
+    requests: Resources | None = None
+    limits: Resources | None = None
+    namespace: str | None = None
+    context: str | None = None
+    kubeconfig: str | None = None
+    cluster: str | None = None
+    service_account: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+    ray_version: str | None = None
+    submission_mode: str = "K8sJobMode"
+    ready_timeout_s: float = 1800.0
+    spec: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

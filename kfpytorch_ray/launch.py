@@ -19,6 +19,7 @@ from kfpytorch_ray.planning import Call, current_context, execution_name, plan_e
 from kfpytorch_ray.preflight import admit
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import DetachedAdapter, Run
+from kfpytorch_ray.task_arguments import TaskArguments
 
 LOCAL_EXECUTION = "local"
 """What flytekit calls the execution of a process that Flyte did not start."""
@@ -93,8 +94,8 @@ def launch_function(
     """
     if not is_elastic(config):
         raise ConfigError("launch", (f"elastic={config!r}: expected an Elastic(...)",))
-    environment = {} if task is None else dict(task.environment or {})
-    job = admit(config, environment, _function_problems(fn))
+    arguments = _arguments_of(task)
+    job = admit(config, arguments.environment, _function_problems(fn), None if task is None else arguments)
     if not wait and not isinstance(job.adapter, DetachedAdapter):
         raise ConfigError("launch", (f"wait=False: runs of the backend {job.choice.name!r} end with this process",))
     context = current_context()
@@ -107,12 +108,20 @@ def launch_function(
         args=args,
         kwargs=kwargs,
         context=context,
-        resources=None if task is None else task.resources,
-        environment=environment,
+        arguments=arguments,
         keeps_checkpoints=True,
     )
     plan = plan_elastic(config, call)
     return job.adapter.run(plan) if wait else cast(DetachedAdapter, job.adapter).start(plan)
+
+
+def _arguments_of(task: PythonFunctionTask[Any] | None) -> TaskArguments:
+    """What stands beside a task's config: whole for our own tasks, what every task has for others."""
+    if task is None:
+        return TaskArguments()
+    if isinstance(own := getattr(task, "arguments", None), TaskArguments):
+        return own
+    return TaskArguments(resources=task.resources, environment=dict(task.environment or {}))
 
 
 def _function_problems(fn: Any) -> tuple[str, ...]:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from kfpytorch_ray.config import Elastic, PyTorch
+from kfpytorch_ray.task_arguments import TaskArguments
+
 
 class Contract(Enum):
     """Which environment the workers find."""
@@ -73,6 +76,8 @@ class LaunchPlan:
         join_timeout_s: Longest wait for the nodes.
         arrival_window_s: Longest wait for more nodes of a range that are on their way.
         deadline_s: Longest time for the whole launch; None without one.
+        config: What the user wrote, from which all this follows.
+        arguments: What the user wrote beside it.
         flyte: The Flyte context of the workers.
     """
 
@@ -86,6 +91,8 @@ class LaunchPlan:
     nproc_per_node: int
     resources: NodeResources
     flyte: FlyteContext
+    config: Elastic | PyTorch = field(default_factory=Elastic)
+    arguments: TaskArguments = field(default_factory=TaskArguments)
     first_node_resources: NodeResources | None = None
     contract: Contract = Contract.TORCHRUN
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from kfpytorch_ray.checks import parse_nnodes
 from kfpytorch_ray.config import DEFAULT_ARRIVAL_WINDOW_S, DEFAULT_TIMEOUT_S, Elastic, PyTorch, RestartPolicy
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
+from kfpytorch_ray.task_arguments import TaskArguments
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,7 @@ class Call:
         function: What every rank calls.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        resources: Of the task; None outside a task.
-        environment: Of the task.
+        arguments: What stands beside the config in ``@task(...)``; nothing outside a task.
         context: The Flyte context it is called under.
         keeps_checkpoints: Whether workers get a place for checkpoints of this call alone: a folder below the
             context's, or where that has none, below the raw output prefix and named after the run.
@@ -63,8 +63,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     context: ExecutionParameters
-    resources: ResourceSpec | None = None
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    arguments: TaskArguments = dataclasses.field(default_factory=TaskArguments)
     keeps_checkpoints: bool = False
 
 
@@ -86,9 +85,9 @@ def plan_elastic(config: Elastic, call: Call) -> LaunchPlan:
         min_nodes=min_nodes,
         max_nodes=max_nodes,
         nproc_per_node=config.nproc_per_node,
-        resources=node_resources(call.resources, workers=config.nproc_per_node),
+        resources=node_resources(call.arguments.resources, workers=config.nproc_per_node),
         flyte=_flyte_context(call, inherited=config.start_method == "fork"),
-        environment=dict(call.environment),
+        environment=dict(call.arguments.environment),
         start_method=config.start_method,
         monitor_interval_s=config.monitor_interval,
         max_restarts=config.max_restarts,
@@ -96,6 +95,8 @@ def plan_elastic(config: Elastic, call: Call) -> LaunchPlan:
         join_timeout_s=float(join_timeout_s),
         arrival_window_s=float(rdzv_configs.get("last_call_timeout", DEFAULT_ARRIVAL_WINDOW_S)),
         deadline_s=_deadline_of(config),
+        config=config,
+        arguments=call.arguments,
     )
 
 
@@ -106,8 +107,8 @@ def plan_pytorch(config: PyTorch, call: Call) -> LaunchPlan:
         ConfigError: A resource of the task or of a replica is not a Kubernetes quantity.
     """
     replicas = config.num_workers or config.worker.replicas or 0
-    worker = node_resources(_own_resources(config.worker) or call.resources, workers=1)
-    master = node_resources(_own_resources(config.master) or call.resources, workers=1)
+    worker = node_resources(_own_resources(config.worker) or call.arguments.resources, workers=1)
+    master = node_resources(_own_resources(config.master) or call.arguments.resources, workers=1)
     return LaunchPlan(
         name=call.name,
         run_id=call.run_id,
@@ -121,10 +122,12 @@ def plan_pytorch(config: PyTorch, call: Call) -> LaunchPlan:
         first_node_resources=None if master == worker else master,
         flyte=_flyte_context(call),
         contract=Contract.OPERATOR,
-        environment=dict(call.environment),
+        environment=dict(call.arguments.environment),
         max_restarts=_restarts_of(config),
         join_timeout_s=float(DEFAULT_TIMEOUT_S),
         deadline_s=_deadline_of(config),
+        config=config,
+        arguments=call.arguments,
     )
 
 

@@ -13,7 +13,8 @@ from kfpytorch_ray.backends import Adapter, BackendChoice, JobConfig, choose_bac
 from kfpytorch_ray.checks import problems_of
 from kfpytorch_ray.errors import BackendUnavailableError, ConfigError
 from kfpytorch_ray.pod_template import shared_memory_problems
-from kfpytorch_ray.pods import ShapesPods, TaskArguments
+from kfpytorch_ray.pods import ShapesPods
+from kfpytorch_ray.task_arguments import TaskArguments
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,15 @@ from flytekit.configuration import ImageConfig, SerializationSettings
 from flytekit.tools.translator import get_serializable_task
 from google.protobuf.json_format import MessageToDict
 
+from kfpytorch_ray.checks import one_of
 from kfpytorch_ray.config import BackendOptions
 from kfpytorch_ray.errors import ConfigError
-from kfpytorch_ray.pods import RendersFlyte
+from kfpytorch_ray.pods import RendersFlyte, RendersKubernetes
 from kfpytorch_ray.task import PytorchElasticFunctionTask, PyTorchFunctionTask
 
 VIA_FLYTE = "flyte"
+VIA_KUBERNETES = "kubernetes"
+WAYS = (VIA_FLYTE, VIA_KUBERNETES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,8 @@ def render(
         task: A Flyte task with ``task_config=Elastic(...)`` or ``PyTorch(...)``.
         backend: The backend in place of the task's own.
         via: Who creates the resources. ``"flyte"``: what Flyte 1.16.8 makes of the registered task, by our own reading
-            of it; names and places of an execution are examples.
+            of it; names and places of an execution are examples. ``"kubernetes"``: what this package creates itself;
+            names of a run and its storage are examples.
         settings: As ``pyflyte register`` would have them. None: flytekit's default image.
 
     Raises:
@@ -55,14 +59,19 @@ def render(
     """
     if not isinstance(task, PytorchElasticFunctionTask | PyTorchFunctionTask):
         raise ConfigError("render", (f"{task!r} is no task with task_config=Elastic(...) or PyTorch(...)",))
-    if via != VIA_FLYTE:
-        raise ConfigError("render", (f"via={via!r}: the known way is {VIA_FLYTE!r}",))
+    if via not in WAYS:
+        raise ConfigError("render", (f"via={via!r}: expected {one_of(WAYS)}",))
     rendered = task if backend is None else task.on_backend(backend)
     job = rendered.job
-    if not isinstance(job.adapter, RendersFlyte):
-        raise ConfigError("render", (f"the backend {job.choice.name!r} does not say what Flyte makes of its tasks",))
-    template = task_template(rendered, settings)
-    return Rendered(job.adapter.flyte_manifests(template), job.adapter.lost(job.config, rendered.arguments))
+    adapter, arguments = job.adapter, rendered.arguments
+    if via == VIA_FLYTE and isinstance(adapter, RendersFlyte):
+        template = task_template(rendered, settings)
+        return Rendered(adapter.flyte_manifests(template), adapter.lost(job.config, arguments))
+    if via == VIA_KUBERNETES and isinstance(adapter, RendersKubernetes):
+        return Rendered(
+            adapter.kubernetes_manifests(job.config, arguments), adapter.kubernetes_lost(job.config, arguments)
+        )
+    raise ConfigError("render", (f"the backend {job.choice.name!r} creates nothing on the way {via!r}",))
 
 
 def task_template(task: Any, settings: SerializationSettings | None = None) -> dict[str, Any]:

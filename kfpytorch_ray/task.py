@@ -55,10 +55,11 @@ from kfpytorch_ray.planning import (
     warn_of_unreservable,
 )
 from kfpytorch_ray.pod_template import copy_template, with_shared_memory
-from kfpytorch_ray.pods import ShapesPods, TaskArguments, nothing_asked
+from kfpytorch_ray.pods import ShapesPods
 from kfpytorch_ray.preflight import Job, admit
 from kfpytorch_ray.results import ElasticWorkerResult
 from kfpytorch_ray.routing import ROUTE_VARIABLE, route_if_switched_on
+from kfpytorch_ray.task_arguments import TaskArguments, nothing_asked
 
 __all__ = [
     "TORCH_IMPORT_ERROR_MESSAGE",
@@ -213,8 +214,9 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
                 args=(),
                 kwargs=kwargs,
                 context=context,
-                resources=self._registered_resources(),
-                environment=self.environment,
+                arguments=dataclasses.replace(
+                    self._arguments, resources=self._registered_resources(), environment=self.environment
+                ),
             )
         )
         try:

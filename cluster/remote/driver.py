@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from kfpytorch_ray.cluster.interruption import TERMINATED, interruptible
@@ -24,11 +25,15 @@ from kfpytorch_ray.storage import Storage, digest_of
 
 logger = logging.getLogger(__name__)
 
-_EXIT_FAILED = 1
+EXIT_FAILED = 1
 
 
-def main(uri: str) -> int:
+def main(uri: str, working_dir: str = "") -> int:
     """Run what the folder at ``uri`` asks for.
+
+    Args:
+        uri: Of the run's folder, with the SHA-256 of the request.
+        working_dir: Folder of the user's modules that is sent to the nodes; empty where they have it.
 
     Returns:
         The exit code: 0 if every rank returned, 1 if not, 143 if it was stopped.
@@ -40,10 +45,10 @@ def main(uri: str) -> int:
         manifest, request, options = _read(folder, sha256)
         lease = LeaseWatch(folder, manifest.lease_s)
         with interruptible(), lease:
-            return _run(folder, request, options, lease)
+            return _run(folder, request, replace(options, working_dir=working_dir), lease)
     except KfpytorchRayError as error:
         _say(error)
-        return _EXIT_FAILED
+        return EXIT_FAILED
 
 
 def _read(folder: Storage, sha256: str) -> tuple[Manifest, RayRequest, RayBackend]:
@@ -75,7 +80,7 @@ def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: Lease
         _keep_log(folder)
         write_success(folder, launched)
     except KfpytorchRayError as error:
-        return _fail(folder, error, _EXIT_FAILED)
+        return _fail(folder, error, EXIT_FAILED)
     except (SystemExit, KeyboardInterrupt):
         why = lease.reason or "The job was asked to stop."
         stopped = RunStoppedError(explain(f"{request.setup.name} was stopped.", why, lease.fix))

@@ -1,4 +1,4 @@
-"""A remote run, seen from where it was launched or from anywhere else: its folder in the storage, and its Ray job.
+"""A remote run, seen from where it was launched or from anywhere else: its folder in the storage, and its job.
 
 What the storage says counts: it outlives the cluster. The job is asked only while there is no outcome yet, and a
 connection that breaks meanwhile is tried again for ``reconnect_timeout_s``.
@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from kfpytorch_ray.cluster.interruption import interruptible, wants_to_stop
-from kfpytorch_ray.cluster.remote.client import JobClient, client_of
+from kfpytorch_ray.cluster.remote.job import ClusterJob, JobState
 from kfpytorch_ray.cluster.remote.lease import LeaseKeeper
-from kfpytorch_ray.cluster.remote.outcome import Downloads, read_record
-from kfpytorch_ray.cluster.remote.tail import LogTail
-from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.cluster.remote.outcome import Downloads, read_record, write_failure
+from kfpytorch_ray.config import StoredRunOptions
 from kfpytorch_ray.errors import (
     ClusterError,
     ClusterUnreachableError,
@@ -52,15 +51,6 @@ _TAIL_LINES = 20
 _RANK = re.compile(r"\[rank (\d+)\] ")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
-_STATUS = {
-    "PENDING": RunStatus.PENDING,  # its runtime environment is being made
-    "RUNNING": RunStatus.RUNNING,
-    "STOPPED": RunStatus.STOPPED,  # by a stop of the job
-    "SUCCEEDED": RunStatus.LOST,  # without an outcome, which its driver writes before it ends
-    "FAILED": RunStatus.LOST,  # the same: killed, or it could not write to the storage
-}
-"""What the status of a job says of a run that has left no outcome."""
-
 
 class RemoteRun:
     """One run. See ``kfpytorch_ray.run.Run`` for what its methods promise.
@@ -68,23 +58,25 @@ class RemoteRun:
     Args:
         manifest: What it is.
         folder: Its folder in the storage.
-        options: How its cluster is reached.
-        address: Of the cluster's job API.
+        options: How it is followed.
+        job: That runs its driver; asked for when it is first needed.
     """
 
-    def __init__(self, manifest: Manifest, folder: Storage, options: RayBackend, address: str) -> None:
+    def __init__(
+        self, manifest: Manifest, folder: Storage, options: StoredRunOptions, job: Callable[[], ClusterJob]
+    ) -> None:
         self.run_id = manifest.run_id
         self._manifest = manifest
         self._folder = folder
         self._options = options
-        self._address = address
+        self._find_job = job
 
     def __repr__(self) -> str:
         return f"RemoteRun({self.run_id!r})"
 
     @cached_property
-    def _client(self) -> JobClient:
-        return client_of(self._options, self._address)
+    def _job(self) -> ClusterJob:
+        return self._find_job()
 
     def keep_lease(self) -> None:
         """Keep the run's lease as long as this process lives, or until the run has ended."""
@@ -94,19 +86,20 @@ class RemoteRun:
 
     def status(self) -> RunStatus:
         """Where it stands now."""
-        outcome = read_outcome(self._folder)
-        return RunStatus(outcome.state) if outcome else self._status_of_job()
+        return self._state().status
 
-    def _status_of_job(self) -> RunStatus:
-        job = self._client.job(self.run_id)
-        if job is None:
+    def _state(self) -> JobState:
+        """How it ended, else where its job stands."""
+        if (outcome := read_outcome(self._folder)) is not None:
+            return JobState(RunStatus(outcome.state))
+        state = self._job.look()
+        if state is None:
             fresh = time.time() - self._manifest.created_at < _SUBMITTING_S
-            return RunStatus.PENDING if fresh else RunStatus.LOST
-        status = _STATUS[job.status.value]
-        if status.ended and (outcome := read_outcome(self._folder)) is not None:
+            return JobState(RunStatus.PENDING if fresh else RunStatus.LOST)
+        if state.status.ended and (outcome := read_outcome(self._folder)) is not None:
             # Written since it was looked for.
-            return RunStatus(outcome.state)
-        return status
+            return JobState(RunStatus(outcome.state))
+        return state
 
     def logs(self, *, follow: bool = False, rank: int | None = None) -> Iterator[str]:
         """The lines of its driver and ranks."""
@@ -120,37 +113,37 @@ class RemoteRun:
         if kept is not None:
             # Line ends as the job server sends them: what it has delivered is counted in characters.
             return io.TextIOWrapper(io.BytesIO(kept), encoding="utf-8", errors="replace").read()
-        text = self._client.get_job_logs(self.run_id) if self._client.job(self.run_id) else ""
-        return str(text)
+        return self._job.log()
 
     def _growing_log(self) -> Iterator[str]:
         if read_outcome(self._folder) is not None:
             yield self._whole_log()
             return
-        with LeaseKeeper(self._folder, self._manifest.lease_s), LogTail(self._client, self.run_id) as tail:
+        with LeaseKeeper(self._folder, self._manifest.lease_s), self._job.tail() as tail:
             for _ in self._looks(None):
                 yield tail.next(_LOOK_S)
             tail.stop()
             yield tail.next(0.0)
             with contextlib.suppress(ClusterUnreachableError):
-                yield self._whole_log()[tail.delivered :]
+                yield tail.rest(self._whole_log())
 
     def cancel(self) -> RunStatus:
         """Stop it and wait until it is stopped."""
         if (status := self.status()).ended:
             return status
-        self._client.stop_job(self.run_id)
-        timeout_s = self._options.stop_grace_s + _STOP_WAIT_S
         try:
-            self._client.wait_until_over(self.run_id, timeout_s)
+            self._job.stop(self._options.stop_grace_s + _STOP_WAIT_S)
         except TimeoutError as error:
             raise ClusterError(
                 explain(
                     f"The run {self.run_id} was told to stop and still runs.",
                     str(error),
-                    f"Look at its job in Ray's dashboard ({self._address}), and stop it there.",
+                    f"Look at its job in {self._job.place}, and stop it there.",
                 )
             ) from error
+        if read_outcome(self._folder) is None:
+            # Its driver was not at work yet, or was killed; whoever asks later may find no job any more.
+            write_failure(self._folder, self._stopped("It was cancelled before its driver could say how it ended."))
         discard(self._folder)
         return self.status()
 
@@ -179,13 +172,22 @@ class RemoteRun:
         record = read_record(self._folder, outcome)
         if record.error is not None:
             if not keep:
+                self._forget()
                 _removing(discard, self._folder)
             raise record.error
         ranks = tuple(range(len(outcome.results)))
         result = ElasticResult(ranks, Downloads(self._folder, outcome), record.rounds, self.run_id)
         if not keep:
+            self._forget()
             weakref.finalize(result, _removing, collect, self._folder)
         return result
+
+    def _forget(self) -> None:
+        """Have the cluster remove what it keeps of a job that is over."""
+        try:
+            self._job.forget()
+        except KfpytorchRayError as error:
+            logger.info("The job of the run %s stays where it is: %s", self.run_id, error)
 
     def follow(self) -> ElasticResult:
         """Pass on its log while it runs, and take its result; what an interruption does, its options say."""
@@ -226,11 +228,15 @@ class RemoteRun:
             ClusterUnreachableError: The cluster has not answered for ``reconnect_timeout_s``.
         """
         began = heard_at = time.monotonic()
-        told = False
+        told, waits_for = False, ""
         while True:
             try:
-                if self.status().ended:
+                state = self._state()
+                if state.status.ended:
                     return
+                if state.message not in ("", waits_for):
+                    waits_for = state.message
+                    tell(f"the run {self.run_id} {waits_for}")
             except (ClusterUnreachableError, StorageError) as error:
                 if time.monotonic() - heard_at > self._options.reconnect_timeout_s:
                     raise self._unreachable(error) from error
@@ -267,13 +273,14 @@ class RemoteRun:
         """The error for a run that is over and has not said how."""
         message, last_lines = "Its cluster does not know it any more", ""
         with contextlib.suppress(ClusterUnreachableError):
-            job = self._client.job(self.run_id)
-            if job is not None:
-                if job.status.value == "STOPPED":
-                    return RunStoppedError(
-                        explain(f"The run {self.run_id} was stopped.", "Its Ray job was stopped.", "Launch it again.")
-                    )
-                message = f"Its Ray job is {job.status.value}: {(job.message or '').splitlines()[0]}"
+            state = self._job.look()
+            if state is not None:
+                if state.error is not None:
+                    self._give_up(state.error)
+                    return state.error
+                if state.status is RunStatus.STOPPED:
+                    return self._stopped("Its job was stopped.")
+                message = state.message
                 last_lines = "\n".join(self._whole_log().splitlines()[-_TAIL_LINES:])
         text = explain(
             f"The run {self.run_id} is over and has left no outcome.",
@@ -281,6 +288,16 @@ class RemoteRun:
             "Look into the last lines of its log, and at the head's memory; then launch it again.",
         )
         return RunLostError(f"{text}\n\nLast lines of its log:\n{last_lines}" if last_lines else text, time.time())
+
+    def _give_up(self, error: KfpytorchRayError) -> None:
+        """End a job that can only wait in vain, and leave why."""
+        with contextlib.suppress(KfpytorchRayError, TimeoutError):
+            self._job.stop(_STOP_WAIT_S)
+        write_failure(self._folder, error)
+        discard(self._folder)
+
+    def _stopped(self, why: str) -> RunStoppedError:
+        return RunStoppedError(explain(f"The run {self.run_id} was stopped.", why, "Launch it again."))
 
 
 def _removing(remove: Callable[[Storage], None], folder: Storage) -> None:

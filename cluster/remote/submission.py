@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import math
 import os
 import pickle
 import shlex
@@ -21,10 +20,11 @@ from kfpytorch_ray.cluster.remote import driver
 from kfpytorch_ray.cluster.remote.client import JobClient, client_of
 from kfpytorch_ray.cluster.remote.handle import RemoteRun
 from kfpytorch_ray.cluster.remote.probe import probe
+from kfpytorch_ray.cluster.remote.ray_job import RayJob
 from kfpytorch_ray.cluster.remote.versions import here, refuse_mismatch
 from kfpytorch_ray.cluster.remote.working_dir import check, survey
 from kfpytorch_ray.cluster.request import RayRequest
-from kfpytorch_ray.cluster.runtime_env import runtime_env_of
+from kfpytorch_ray.cluster.runtime_env import driver_environment, runtime_env_of
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import KfpytorchRayError, VersionMismatchError
 from kfpytorch_ray.notices import tell
@@ -32,10 +32,6 @@ from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest, run_folder
 from kfpytorch_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
-
-_STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
-"""Read by a job's supervisor: how long its driver may take to stop its workers before it is killed."""
-_STOP_MARGIN_S = 30.0
 
 _FOLDER = ("working_dir", "excludes")
 
@@ -72,11 +68,7 @@ def look(options: RayBackend, address: str, storage: Storage) -> Destination:
     travels = survey(runtime_env["working_dir"], options.excludes) if "working_dir" in runtime_env else None
     if travels is not None:
         check(travels, options.max_working_dir_bytes)
-    environment = dict(runtime_env.get("env_vars") or {})
-    environment.setdefault(_STOP_WAIT_VARIABLE, str(math.ceil(options.stop_grace_s + _STOP_MARGIN_S)))
-    # Ray would pass on similar lines of several ranks once only. It reads this when it is imported.
-    environment.setdefault("RAY_DEDUP_LOGS", "0")
-    runtime_env["env_vars"] = environment
+    runtime_env["env_vars"] = driver_environment(options)
     client = client_of(options, address)
     _refuse_other_versions(client, storage, {name: part for name, part in runtime_env.items() if name not in _FOLDER})
     if travels is not None:
@@ -108,7 +100,7 @@ def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Des
     except BaseException:
         _undo(to.client, folder, manifest.run_id)
         raise
-    run = RemoteRun(manifest, folder, options, to.client.address)
+    run = RemoteRun(manifest, folder, options, lambda: RayJob(to.client, manifest.run_id))
     tell(
         f"the run {manifest.run_id} is submitted to {to.client.address}. If this process ends, follow it: "
         f"{run.command('logs -f')}"

@@ -42,8 +42,7 @@ class LogTail:
         self._client = client
         self._url = f"{client.address}/api/jobs/{submission_id}/logs/tail"
         self._texts: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.delivered = 0
-        """Characters that ``next`` has returned."""
+        self._delivered = 0
         self._received = 0
         self._loop = asyncio.new_event_loop()
         self._over = asyncio.Event()
@@ -72,8 +71,12 @@ class LogTail:
             while True:
                 texts.append(self._texts.get_nowait())
         text = "".join(texts)
-        self.delivered += len(text)
+        self._delivered += len(text)
         return text
+
+    def rest(self, whole: str) -> str:
+        """What of the whole log ``next`` has not returned."""
+        return whole[self._delivered :]
 
     def _run(self) -> None:
         with contextlib.closing(self._loop):

@@ -15,6 +15,7 @@ import yaml
 from crd_schema import pytorch_job_crds, ray_job_crds
 from flytekit.configuration import FastSerializationSettings, Image, ImageConfig, SerializationSettings
 
+from kfpytorch_ray.config import KubeRayBackend
 from kfpytorch_ray.rendering import render
 
 HERE = Path(__file__).parent
@@ -28,6 +29,12 @@ SETTINGS = SerializationSettings(
         enabled=True, destination_dir="/root", distribution_location="s3://bucket/code.tar.gz"
     ),
 )
+OPTIONS = {
+    ("kuberay", "kubernetes"): KubeRayBackend(
+        image=IMAGE.full, namespace="digits", storage="s3://bucket/prefix", ray_version="2.60.0"
+    )
+}
+WAYS = [("kuberay", "flyte"), ("kubeflow", "flyte"), *OPTIONS]
 CRDS = {"kuberay": ray_job_crds, "kubeflow": pytorch_job_crds}
 
 
@@ -44,11 +51,11 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module.train
 
 
-@pytest.mark.parametrize("backend", ["kuberay", "kubeflow"])
-def test_the_manifest_is_the_golden_one(backend: str, train: Any, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("backend", "via"), WAYS)
+def test_the_manifest_is_the_golden_one(backend: str, via: str, train: Any, request: pytest.FixtureRequest) -> None:
     """Every field, so that no change of it goes unseen."""
-    rendered = render(train, backend, settings=SETTINGS)
-    golden = HERE / f"digits-{backend}-flyte.yaml"
+    rendered = render(train, OPTIONS.get((backend, via), backend), via, SETTINGS)
+    golden = HERE / f"digits-{backend}-{via}.yaml"
     header = "".join(f"# lost: {text}\n" for text in rendered.lost)
     text = header + yaml.safe_dump_all(rendered.manifests, width=120)
     if request.config.getoption("--renew-golden"):
@@ -56,10 +63,10 @@ def test_the_manifest_is_the_golden_one(backend: str, train: Any, request: pytes
     assert golden.read_text() == text
 
 
-@pytest.mark.parametrize("backend", ["kuberay", "kubeflow"])
-def test_the_golden_manifest_is_valid(backend: str, crds: Path) -> None:
+@pytest.mark.parametrize(("backend", "via"), WAYS)
+def test_the_golden_manifest_is_valid(backend: str, via: str, crds: Path) -> None:
     """For every version of the operator that there is a definition of."""
-    for manifest in yaml.safe_load_all((HERE / f"digits-{backend}-flyte.yaml").read_text()):
+    for manifest in yaml.safe_load_all((HERE / f"digits-{backend}-{via}.yaml").read_text()):
         assert {version: crd.problems(manifest) for version, crd in CRDS[backend]().items()} == {
             version: [] for version in CRDS[backend]()
         }

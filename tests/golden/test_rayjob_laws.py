@@ -178,7 +178,7 @@ def train(epochs: int) -> float:
 
 def plan_of(config: Any, made: Any) -> LaunchPlan:
     """What the driver will ask of Ray."""
-    call = Call("train", "f1", train, (), {}, current_context(), resources=made.resources)
+    call = Call("train", "f1", train, (), {}, current_context(), made.arguments)
     return plan_elastic(config, call) if isinstance(config, Elastic) else plan_pytorch(config, call)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections import OrderedDict
 from typing import Any
 
@@ -43,7 +44,7 @@ from kfpytorch_ray.adapters.raycluster import RayAdapter
 from kfpytorch_ray.backends import BACKEND_VARIABLE
 from kfpytorch_ray.plan import FlyteContext, LaunchPlan
 from kfpytorch_ray.planning import node_resources
-from kfpytorch_ray.pods import TaskArguments
+from kfpytorch_ray.task_arguments import TaskArguments
 
 IMAGE = Image(name="default", fqn="registry.example/train", tag="1")
 SETTINGS = SerializationSettings(
@@ -386,14 +387,46 @@ def test_fast_registrations_code_is_sent_to_workers() -> None:
         assert inside_options(KubeRayBackend(working_dir="/mine")).working_dir == "/mine"
 
 
-@pytest.mark.parametrize(("execution", "words"), [(None, "Without Flyte"), ("f123", "plugin is not enabled")])
-def test_outside_a_ray_job_the_reason_is_given(
-    execution: str | None, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No Ray is started in its place: the user asked for another machine's."""
+def test_a_flyte_without_the_ray_plugin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Ray is started in its place, and no RayJob is created: the user asked Flyte for one."""
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    if execution:
-        monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", execution)
-    with pytest.raises(BackendUnavailableError, match=words) as caught:
-        KubeRayAdapter(None).run(plan())
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f123")
+    with pytest.raises(BackendUnavailableError, match="plugin is not enabled") as caught:
+        KubeRayAdapter(KubeRayBackend(image="i")).run(plan())
     assert "Fix:" in str(caught.value)
+
+
+def test_without_flyte_an_image_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No default image would have this machine's versions."""
+    for variable in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "FLYTE_INTERNAL_EXECUTION_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ConfigError, match="image='REGISTRY/NAME:TAG' is needed"):
+        KubeRayAdapter(None).run(plan())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"submission_mode": "K8sJob"}, "submission_mode='K8sJob'"),
+        ({"ready_timeout_s": 0}, "ready_timeout_s"),
+        ({"labels": {"a": 1}}, "labels"),
+        ({"spec": {"a": {1}}}, "spec.* JSON"),
+        ({"requests": "2"}, "requests"),
+        ({"namespace": ""}, "namespace"),
+        ({"storage": "s3://user:secret@bucket"}, "credentials"),
+        ({"lease_s": 0}, "lease_s"),
+    ],
+)
+def test_options_without_flyte_are_looked_at_too(options: dict[str, Any], words: str) -> None:
+    """When the task is defined, by the option's name."""
+    (problem,) = KubeRayAdapter(KubeRayBackend(**options)).check(Elastic(2)).problems
+    assert re.search(words, problem)
+
+
+def test_what_flyte_does_not_take_is_said() -> None:
+    """Options of a RayJob that we create are lost in one that Flyte creates."""
+    lost = KubeRayAdapter(KubeRayBackend(image="i", spec={"suspend": True}, storage="s3://b")).lost(
+        Elastic(2), TaskArguments()
+    )
+    for name in ("image", "spec", "storage"):
+        assert any(f"KubeRayBackend({name}) has no effect under Flyte" in text for text in lost)

@@ -80,7 +80,7 @@ def followed(server: JobServer, address: str) -> str:
 
     with LogTail(JobClient(address), "kfr-one") as tail:
         wait_until(complete, "the whole log")
-    assert tail.delivered == len("".join(got))
+    assert tail.rest(whole + "later\n") == (whole + "later\n")[len("".join(got)) :]
     return "".join(got)
 
 

@@ -12,7 +12,7 @@ from flytekit.extras.accelerators import A100
 from kfpytorch_ray import CleanPodPolicy, Elastic, Master, PyTorch, RayBackend, RunPolicy, Worker
 from kfpytorch_ray.adapters.kubeflow import KubeflowAdapter
 from kfpytorch_ray.adapters.raycluster import RayAdapter
-from kfpytorch_ray.pods import TaskArguments
+from kfpytorch_ray.task_arguments import TaskArguments
 
 
 def asking(**resources: Any) -> dict[str, Any]:

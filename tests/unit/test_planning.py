@@ -21,14 +21,16 @@ from kfpytorch_ray.planning import (
     plan_pytorch,
     warn_of_unreservable,
 )
+from kfpytorch_ray.task_arguments import TaskArguments, nothing_asked
 
 
 def train(x: int) -> int:
     return x
 
 
-def call(**changes: Any) -> Call:
-    plain = Call("train", "f123", train, (), {"x": 1}, flytekit.current_context())
+def call(resources: ResourceSpec | None = None, environment: dict[str, str] | None = None, **changes: Any) -> Call:
+    beside = TaskArguments(resources or nothing_asked(), environment=environment or {})
+    plain = Call("train", "f123", train, (), {"x": 1}, flytekit.current_context(), beside)
     return dataclasses.replace(plain, **changes)
 
 

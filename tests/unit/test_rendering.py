@@ -90,7 +90,8 @@ def test_what_cannot_be_rendered_is_refused(double: Any) -> None:
         ((plain,), "no task with"),
         ((train,), "no task with"),
         ((made, None, "pigeon"), "via='pigeon'"),
-        ((made, "double"), "does not say"),
+        ((made, "double"), "creates nothing on the way 'flyte'"),
+        ((made, "ray", "kubernetes"), "creates nothing on the way 'kubernetes'"),
         ((made, KubeRayBackend(idle_timeout_s=0)), "idle_timeout_s"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -108,6 +109,7 @@ def train(x: int) -> int:
     return x
 for backend in ("kuberay", "kubeflow", "ray"):
     render(task(task_config=Elastic(2))(train), backend)
+render(task(task_config=Elastic(2))(train), "kuberay", "kubernetes")
 print(sorted({"ray", "torch"} & set(sys.modules)))
 """
     script = tmp_path / "flow.py"  # flytekit reads a task's source

@@ -1,0 +1,81 @@
+"""Pods in Kubernetes's own words, made of the user's templates: for resources that this package creates itself. Pure.
+
+Templates are laid over each other as ``kubectl apply`` would: what has a name (containers, variables, volumes) is
+merged with what has the same, other lists are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flytekit import PodTemplate
+
+from kfpytorch_ray.pod_template import as_manifest
+
+Manifest = dict[str, Any]
+
+_KEYS = {"volumeMounts": "mountPath", "ports": "containerPort"}
+"""By what the items of a list are told apart, where that is not their name."""
+
+
+def pod(name: str, container: Manifest, templates: Sequence[PodTemplate | None], **spec: Any) -> Manifest:
+    """A pod template whose first container is ours.
+
+    Args:
+        name: Of that container. A template's primary container is laid under it, other containers come behind.
+        container: What we say of it; wins over the templates.
+        templates: The user's, the later over the earlier.
+        **spec: Fields of the pod's spec where the templates say nothing; None is left out.
+    """
+    merged: Manifest = {name: value for name, value in spec.items() if value is not None}
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    for template in templates:
+        if template is not None:
+            merged = laid_over(merged, _with_primary(name, template))
+            labels |= template.labels or {}
+            annotations |= template.annotations or {}
+    containers = merged.get("containers", [])
+    primary: Manifest = next((one for one in containers if one["name"] == name), {})
+    merged["containers"] = [
+        laid_over(primary, {"name": name, **container}),
+        *(one for one in containers if one["name"] != name),
+    ]
+    metadata = {key: value for key, value in (("labels", labels), ("annotations", annotations)) if value}
+    return {**({"metadata": metadata} if metadata else {}), "spec": merged}
+
+
+def laid_over(base: Any, over: Any, key: str = "name") -> Any:
+    """``over`` laid over ``base``: dicts field by field, lists of what has names by name, other lists joined.
+
+    Args:
+        base: What counts where ``over`` says nothing.
+        over: What counts.
+        key: By what items are told apart if both are lists.
+    """
+    if isinstance(base, dict) and isinstance(over, dict):
+        merged = dict(base)
+        for name, value in over.items():
+            merged[name] = laid_over(base[name], value, _KEYS.get(name, "name")) if name in base else value
+        return merged
+    if isinstance(base, list) and isinstance(over, list):
+        return _joined(base, over, key)
+    return over
+
+
+def _joined(base: list[Any], over: list[Any], key: str) -> list[Any]:
+    if not all(isinstance(item, dict) and key in item for item in (*base, *over)):
+        return [*base, *(item for item in over if item not in base)]
+    merged = {item[key]: item for item in base}
+    for item in over:
+        merged[item[key]] = laid_over(merged[item[key]], item) if item[key] in merged else item
+    return list(merged.values())
+
+
+def _with_primary(name: str, template: PodTemplate) -> Manifest:
+    spec = as_manifest(template)
+    for container in spec.get("containers", ()):
+        if container["name"] == template.primary_container_name:
+            container["name"] = name
+    return spec

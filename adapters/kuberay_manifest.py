@@ -1,0 +1,167 @@
+"""The RayJob that this package creates itself, for the task type ``ray`` without Flyte. Pure.
+
+Each node of a launch is a Ray worker pod, as on the way by Flyte; the driver is the job's entrypoint, on the head pod.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from flytekit import Resources
+from flytekit.core.resources import ResourceSpec
+
+from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, SUBMITTER, WORKER_CONTAINER, head_resources
+from kfpytorch_ray.adapters.kube_pods import Manifest, laid_over, pod
+from kfpytorch_ray.adapters.worker_pods import WorkerGroup, pod_resources, worker_groups
+from kfpytorch_ray.backends import JobConfig
+from kfpytorch_ray.config import KubeRayBackend
+from kfpytorch_ray.task_arguments import TaskArguments, nothing_asked
+
+RUN_LABEL = "kfpytorch-ray/run"
+"""On the RayJob and, by KubeRay, on its cluster."""
+
+SUBMITTER_CONTAINER = "ray-job-submitter"
+"""KubeRay's own name for it."""
+
+DEFAULT_DEADLINE_S = 30 * 24 * 3600
+"""For jobs that have none: before 1.7 KubeRay waits for ever for a job whose head pod was lost."""
+
+_DEADLINE_MARGIN_S = 600
+"""The driver keeps the user's deadline and says so; KubeRay's comes after it."""
+
+CLUSTER_LABEL = "ray.io/cluster"
+
+
+def ray_job(
+    config: JobConfig,
+    options: KubeRayBackend,
+    arguments: TaskArguments,
+    *,
+    name: str,
+    entrypoint: str,
+    runtime_env: Mapping[str, Any],
+) -> Manifest:
+    """The manifest.
+
+    Args:
+        config: ``Elastic`` or ``PyTorch``.
+        options: The backend's.
+        arguments: What stands beside the config in ``@task(...)``.
+        name: Of the RayJob, at most 47 characters.
+        entrypoint: Of the driver, a shell command.
+        runtime_env: Of the job.
+    """
+    policy = config.run_policy
+    ttl = policy.ttl_seconds_after_finished if policy else None
+    deadline = policy.active_deadline_seconds if policy else None
+    spec: Manifest = {
+        "entrypoint": entrypoint,
+        "submissionMode": options.submission_mode,
+        # A second try would meet what the first has left in the storage; restarts are the driver's business.
+        "backoffLimit": 0,
+        "activeDeadlineSeconds": DEFAULT_DEADLINE_S
+        if deadline is None
+        else deadline + int(options.ready_timeout_s) + _DEADLINE_MARGIN_S,
+    }
+    if runtime_env:
+        # JSON is YAML.
+        spec["runtimeEnvYAML"] = json.dumps(runtime_env, sort_keys=True)
+    if options.submission_mode == "K8sJobMode":
+        spec["submitterPodTemplate"] = _submitter(options, arguments)
+    if options.cluster is not None:
+        spec["clusterSelector"] = {CLUSTER_LABEL: options.cluster}
+        # KubeRay refuses it together with a selector.
+        del spec["backoffLimit"]
+    else:
+        spec["shutdownAfterJobFinishes"] = True
+        spec["ttlSecondsAfterFinished"] = DEFAULT_TTL_S if ttl is None else ttl
+        spec["rayClusterSpec"] = _cluster(config, options, arguments)
+    labels = {"app.kubernetes.io/managed-by": "kfpytorch-ray", RUN_LABEL: name, **options.labels}
+    beside = {"annotations": dict(options.annotations)} if options.annotations else {}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name, "namespace": options.namespace or "default", "labels": labels, **beside},
+        "spec": laid_over(spec, options.spec),
+    }
+
+
+def ray_version(options: KubeRayBackend) -> str:
+    """Of the image; as installed here where the options do not say."""
+    return options.ray_version or metadata.version("ray")
+
+
+def _cluster(config: JobConfig, options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
+    groups = worker_groups(config, worker_resources(options, arguments), options.gpu_resource)
+    grows = any(group.min_nodes < group.max_nodes for group in groups)
+    cluster: Manifest = {
+        # By it KubeRay knows that the image needs no wget for its probes.
+        "rayVersion": ray_version(options),
+        "enableInTreeAutoscaling": grows,
+        "headGroupSpec": _head(options, arguments),
+        "workerGroupSpecs": [_workers(group, options, arguments) for group in groups],
+    }
+    if grows and options.idle_timeout_s is not None:
+        cluster["autoscalerOptions"] = {"idleTimeoutSeconds": options.idle_timeout_s}
+    return cluster
+
+
+def worker_resources(options: KubeRayBackend, arguments: TaskArguments) -> ResourceSpec:
+    """Of one worker pod: the task's, else the backend's."""
+    if arguments.resources != nothing_asked():
+        return arguments.resources
+    return ResourceSpec(requests=options.requests or Resources(), limits=options.limits or Resources())
+
+
+def _head(options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
+    resources = pod_resources(head_resources(options), options.gpu_resource)
+    return {
+        "rayStartParams": {**options.head_start_params, "num-cpus": "0"},
+        "template": pod(
+            HEAD_CONTAINER,
+            {"image": options.image, "resources": resources},
+            (arguments.pod_template, options.head_pod_template),
+            restartPolicy="Never" if options.submission_mode == "SidecarMode" else None,
+            serviceAccountName=options.service_account,
+        ),
+    }
+
+
+def _workers(group: WorkerGroup, options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
+    container = {
+        "image": options.image,
+        "resources": group.resources,
+        # So that Ray hears of a pod that is taken away before its silence tells.
+        "lifecycle": {"preStop": {"exec": {"command": ["/bin/sh", "-c", "ray stop"]}}},
+    }
+    return {
+        "groupName": group.name,
+        # KubeRay submits the job when all of these run, so a range starts with the fewest and grows by demand.
+        "replicas": group.min_nodes,
+        "minReplicas": group.min_nodes,
+        "maxReplicas": group.max_nodes,
+        "rayStartParams": dict(options.worker_start_params),
+        "template": pod(
+            WORKER_CONTAINER,
+            container,
+            (arguments.pod_template, options.worker_pod_template),
+            serviceAccountName=options.service_account,
+        ),
+    }
+
+
+def _submitter(options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
+    """A small pod: KubeRay's own, made of no template, has the size of its image's defaults and no pull secrets."""
+    resources = pod_resources(ResourceSpec(requests=SUBMITTER, limits=SUBMITTER), options.gpu_resource)
+    secrets = (arguments.pod_template.pod_spec.image_pull_secrets if arguments.pod_template else None) or ()
+    return pod(
+        SUBMITTER_CONTAINER,
+        {"image": options.image, "resources": resources},
+        (),
+        restartPolicy="Never",
+        serviceAccountName=options.service_account,
+        imagePullSecrets=[{"name": secret.name} for secret in secrets] or None,
+    )

@@ -1,0 +1,429 @@
+"""A namespace of a Kubernetes cluster, by the official client: what we create, look at, watch and delete there.
+
+The client's errors become ours. Tokens stay with the client; no message repeats a header or a request's body.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import urllib3
+from kubernetes import client, config, watch
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config.config_exception import ConfigException
+
+from kfpytorch_ray.errors import (
+    AuthenticationError,
+    ClusterError,
+    ClusterUnreachableError,
+    ConfigError,
+    explain,
+)
+
+logger = logging.getLogger(__name__)
+
+Manifest = dict[str, Any]
+
+TIMEOUT_S = (10.0, 30.0)
+"""To connect, and for an answer."""
+
+_WATCH_S = 60
+"""How long one watch lasts; the next goes on where it ended."""
+
+_SILENCE_S = 300.0
+"""After which a log that is followed is asked for anew: a link that was cut says nothing."""
+
+_GONE = 410
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of custom resource.
+
+    Attributes:
+        group: Of its API.
+        plural: As in its URL.
+        name: As in ``kind``.
+        operator: Whose it is, for people.
+    """
+
+    group: str
+    plural: str
+    name: str
+    operator: str
+
+    @property
+    def crd(self) -> str:
+        """Name of its definition."""
+        return f"{self.plural}.{self.group}"
+
+
+RAY_JOB = Kind("ray.io", "rayjobs", "RayJob", "KubeRay")
+RAY_CLUSTER = Kind("ray.io", "rayclusters", "RayCluster", "KubeRay")
+PYTORCH_JOB = Kind("kubeflow.org", "pytorchjobs", "PyTorchJob", "Kubeflow's training operator")
+
+
+class Namespace:
+    """One namespace of a cluster.
+
+    Args:
+        name: Of the namespace. None: the context's, else ``"default"``.
+        context: Of the kubeconfig. None: its current one.
+        kubeconfig: Its path. None: as ``kubectl`` finds it, else the service account of this process's pod.
+
+    Raises:
+        ConfigError: There is no such file or context, and this is no pod.
+    """
+
+    def __init__(self, name: str | None = None, context: str | None = None, kubeconfig: str | None = None) -> None:
+        self._api, at_home = _connection(context, kubeconfig)
+        self.name = name or at_home or "default"
+        # What its methods return depends on their arguments, which its annotations do not know.
+        self._custom: Any = client.CustomObjectsApi(self._api)
+        self._core: Any = client.CoreV1Api(self._api)
+        self._definitions: Any = client.ApiextensionsV1Api(self._api)
+
+    @property
+    def server(self) -> str:
+        """The API server's URL."""
+        return str(self._api.configuration.host)
+
+    def definition(self, kind: Kind) -> Manifest | None:
+        """The schema of a kind as this cluster has it; None where this user may not look at definitions.
+
+        Raises:
+            ClusterError: It is not installed, or the cluster cannot be asked.
+        """
+        try:
+            found = self._definitions.read_custom_resource_definition(
+                kind.crd, _request_timeout=TIMEOUT_S, _preload_content=False
+            )
+            served: Manifest = json.loads(found.data)
+        except ApiException as error:
+            if error.status == 404:
+                raise self._not_installed(kind) from error
+            if error.status in (401, 403):
+                return None
+            raise self._told(error, f"read the definition {kind.crd}") from error
+        except urllib3.exceptions.HTTPError as error:
+            raise self._unreachable(error) from error
+        version = next(one for one in served["spec"]["versions"] if one["name"] == "v1")
+        schema: Manifest = version["schema"]["openAPIV3Schema"]
+        return schema
+
+    def create(self, kind: Kind, manifest: Manifest) -> Manifest:
+        """Create a resource, strictly: a field that the cluster does not know is refused.
+
+        Raises:
+            ClusterError: The cluster refuses it, or cannot be reached.
+        """
+        created: Manifest = self._ask(
+            f"create a {kind.name}",
+            lambda: self._custom.create_namespaced_custom_object(
+                kind.group,
+                "v1",
+                self.name,
+                kind.plural,
+                manifest,
+                field_validation="Strict",
+                _request_timeout=TIMEOUT_S,
+            ),
+            kind,
+        )
+        return created
+
+    def get(self, kind: Kind, name: str) -> Manifest | None:
+        """A resource; None if there is none of this name.
+
+        Raises:
+            ClusterError: The cluster refuses to tell, or cannot be reached.
+        """
+        try:
+            found: Manifest = self._custom.get_namespaced_custom_object(
+                kind.group, "v1", self.name, kind.plural, name, _request_timeout=TIMEOUT_S
+            )
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            raise self._told(error, f"read the {kind.name} {name}", kind) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise self._unreachable(error) from error
+        return found
+
+    def delete(self, kind: Kind, name: str) -> None:
+        """Delete a resource and what belongs to it; may be gone already.
+
+        Raises:
+            ClusterError: The cluster refuses, or cannot be reached.
+        """
+        with contextlib.suppress(_GoneError):
+            self._ask(
+                f"delete the {kind.name} {name}",
+                lambda: self._custom.delete_namespaced_custom_object(
+                    kind.group,
+                    "v1",
+                    self.name,
+                    kind.plural,
+                    name,
+                    propagation_policy="Background",
+                    _request_timeout=TIMEOUT_S,
+                ),
+            )
+
+    def changes(self, kind: Kind, name: str, *, timeout_s: float) -> Iterator[Manifest | None]:
+        """A resource as it is, then whenever it changes, for as long; None when it is gone.
+
+        A watch that breaks, or that the server has forgotten (410), begins again with a look.
+
+        Raises:
+            ClusterError: The cluster refuses, or cannot be reached.
+        """
+        deadline = _Deadline(timeout_s)
+        while deadline.left() > 0:
+            found = self.get(kind, name)
+            yield found
+            if found is None:
+                return
+            yield from self._watched(kind, name, found["metadata"]["resourceVersion"], deadline)
+
+    def _watched(self, kind: Kind, name: str, version: str, deadline: _Deadline) -> Iterator[Manifest | None]:
+        seconds = max(1, min(_WATCH_S, int(deadline.left())))
+        stream = watch.Watch().stream(
+            self._custom.list_namespaced_custom_object,
+            kind.group,
+            "v1",
+            self.name,
+            kind.plural,
+            field_selector=f"metadata.name={name}",
+            resource_version=version,
+            timeout_seconds=seconds,
+            _request_timeout=(TIMEOUT_S[0], seconds + TIMEOUT_S[1]),
+        )
+        try:
+            for event in stream:
+                if event["type"] == "DELETED":
+                    yield None
+                    return
+                yield event["object"]
+        except ApiException as error:
+            if error.status != _GONE:
+                raise self._told(error, f"watch the {kind.name} {name}", kind) from error
+        except urllib3.exceptions.HTTPError as error:
+            logger.debug("A watch broke: %s", error)
+
+    def pods(self, selector: str) -> list[Any]:
+        """The pods that a label selector selects.
+
+        Raises:
+            ClusterError: The cluster refuses to tell, or cannot be reached.
+        """
+        return list(
+            self._ask(
+                "list pods",
+                lambda: self._core.list_namespaced_pod(self.name, label_selector=selector, _request_timeout=TIMEOUT_S),
+            ).items
+        )
+
+    def warnings_of(self, names: set[str]) -> list[str]:
+        """What events warn of that are about resources of these names, oldest first; empty where that may not be read.
+
+        Raises:
+            ClusterUnreachableError: The cluster cannot be reached.
+        """
+        try:
+            events = self._ask(
+                "list events",
+                lambda: self._core.list_namespaced_event(
+                    self.name, field_selector="type=Warning", _request_timeout=TIMEOUT_S
+                ),
+            ).items
+        except AuthenticationError:
+            return []
+        mine = [event for event in events if event.involved_object.name in names]
+        mine.sort(key=lambda event: str(event.last_timestamp or event.event_time or event.metadata.creation_timestamp))
+        return [f"{event.reason}: {event.message}" for event in mine]
+
+    def log(self, pod: str, container: str) -> str:
+        """What a container has printed; empty where there is nothing to read.
+
+        Raises:
+            ClusterError: The cluster refuses to tell, or cannot be reached.
+        """
+        with self.log_stream(pod, container, follow=False) as stream:
+            return b"".join(stream).decode(errors="replace")
+
+    @contextlib.contextmanager
+    def log_stream(self, pod: str, container: str, *, follow: bool = True) -> Iterator[Iterator[bytes]]:
+        """What a container prints, from its beginning, in pieces; nothing where it has not begun.
+
+        Raises:
+            ClusterError: The cluster refuses to tell, or cannot be reached.
+        """
+        try:
+            answer = self._core.read_namespaced_pod_log(
+                pod,
+                self.name,
+                container=container,
+                follow=follow,
+                _preload_content=False,
+                _request_timeout=(TIMEOUT_S[0], _SILENCE_S if follow else TIMEOUT_S[1]),
+            )
+        except ApiException as error:
+            if error.status in (400, 404):
+                # Its container has not begun, or it is gone.
+                yield iter(())
+                return
+            raise self._told(error, f"read the log of the pod {pod}") from error
+        except urllib3.exceptions.HTTPError as error:
+            raise self._unreachable(error) from error
+        with contextlib.closing(answer):
+            try:
+                yield answer.stream(amt=None)
+            except urllib3.exceptions.HTTPError as error:
+                raise self._unreachable(error) from error
+
+    def _ask(self, what: str, request: Callable[[], T], kind: Kind | None = None) -> T:
+        try:
+            return request()
+        except ApiException as error:
+            raise self._told(error, what, kind) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def _told(self, error: ApiException, what: str, kind: Kind | None = None) -> ClusterError:
+        """What the API server's refusal means."""
+        said = _message(error)
+        where = f"The Kubernetes cluster at {self.server}"
+        match error.status:
+            case 401:
+                return AuthenticationError(
+                    explain(
+                        f"{where} does not know who asks (401).",
+                        "The kubeconfig's credentials are missing or have expired.",
+                        "Log in again, or name another context: context=...; try `kubectl auth whoami`.",
+                    )
+                )
+            case 403:
+                return AuthenticationError(
+                    explain(
+                        f"{where} refuses to {what} in the namespace {self.name!r} (403).",
+                        said,
+                        "Ask for a Role with get, list, watch, create and delete on rayjobs.ray.io or "
+                        "pytorchjobs.kubeflow.org, and get and list on pods, pods/log and events; a quota that is "
+                        "used up is refused like this, too.",
+                    )
+                )
+            case 404 if "namespaces" in said:
+                return ClusterError(
+                    explain(
+                        f"{where} has no namespace {self.name!r}.",
+                        said,
+                        f"Create it (kubectl create namespace {self.name}), or name another one: namespace=...",
+                    )
+                )
+            case 404 if kind is not None:
+                return self._not_installed(kind)
+            case 404:
+                return _GoneError(explain(f"{where} could not {what}.", said, "It is gone already."))
+            case 409:
+                return ClusterError(
+                    explain(f"{where} could not {what}.", said, "A resource of this name is there: launch again.")
+                )
+            case 400 | 422:
+                return ClusterError(
+                    explain(
+                        f"{where} refuses to {what}: the manifest is not valid there ({error.status}).",
+                        said,
+                        "Look at the field that is named: it comes from the backend's options (spec=..., pod "
+                        "templates), or this cluster's operator is too old for it.",
+                    )
+                )
+            case 429 | 500 | 502 | 503 | 504:
+                return ClusterUnreachableError(
+                    explain(f"{where} could not {what} now ({error.status}).", said, "Try again in a moment.")
+                )
+            case _:
+                return ClusterError(explain(f"{where} could not {what} ({error.status}).", said, "See its message."))
+
+    def _not_installed(self, kind: Kind) -> ClusterError:
+        return ClusterError(
+            explain(
+                f"The Kubernetes cluster at {self.server} knows no {kind.name}.",
+                f"{kind.operator} is not installed there: its definition {kind.crd} is missing.",
+                f"Install {kind.operator}, or name the cluster that has it: context=..., kubeconfig=...",
+            )
+        )
+
+    def _unreachable(self, error: Exception) -> ClusterUnreachableError:
+        cause = getattr(error, "reason", None) or error
+        return ClusterUnreachableError(
+            explain(
+                f"The Kubernetes cluster at {self.server} cannot be reached.",
+                str(cause),
+                "Check the context (kubectl config current-context), the VPN or tunnel to it, and that it runs.",
+            )
+        )
+
+
+class _GoneError(ClusterError):
+    """What was to be changed is not there."""
+
+
+class _Deadline:
+    def __init__(self, timeout_s: float) -> None:
+        self._end = time.monotonic() + timeout_s
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+
+def _connection(context: str | None, kubeconfig: str | None) -> tuple[client.ApiClient, str | None]:
+    """A client, and the namespace that its configuration names."""
+    try:
+        contexts, current = config.list_kube_config_contexts(config_file=kubeconfig)
+        chosen = next((one for one in contexts if one["name"] == context), None) if context else current
+        api = config.new_client_from_config(config_file=kubeconfig, context=context)
+    except (ConfigException, OSError, TypeError) as error:
+        if context is None and kubeconfig is None:
+            with contextlib.suppress(ConfigException):
+                return _in_cluster()
+        named = "".join(
+            f", {name}={value!r}" for name, value in (("kubeconfig", kubeconfig), ("context", context)) if value
+        )
+        raise ConfigError(
+            "Kubernetes",
+            (
+                explain(
+                    f"no cluster is named that could be used{named}",
+                    str(error),
+                    "Name a kubeconfig and a context that `kubectl config get-contexts` lists: kubeconfig=..., "
+                    "context=..., or KUBECONFIG.",
+                ),
+            ),
+        ) from error
+    return api, ((chosen or {}).get("context") or {}).get("namespace")
+
+
+def _in_cluster() -> tuple[client.ApiClient, str | None]:
+    settings = client.Configuration()
+    config.load_incluster_config(client_configuration=settings)
+    with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace") as file:
+        return client.ApiClient(settings), file.read().strip()
+
+
+def _message(error: ApiException) -> str:
+    """What the API server says of a refusal, without headers."""
+    try:
+        said = json.loads(error.body or "")["message"]
+    except (ValueError, KeyError, TypeError):
+        said = error.reason
+    return str(said or "It says nothing about it.")
