@@ -100,7 +100,7 @@ def _group_problems(group: Mapping[str, Any], where: str) -> Iterator[str]:
 def _replica_problems(group: Mapping[str, Any], where: str, scaled: bool) -> Iterator[str]:
     least, most = whole(group.get("minReplicas")), whole(group.get("maxReplicas"))
     for field, number in (("minReplicas", least), ("maxReplicas", most)):
-        if number is None and not scaled:
+        if group.get(field) is None and not scaled:
             yield f"{where}.{field}: is missing; without enableInTreeAutoscaling a group needs both bounds"
         elif number is not None and number < 0:
             yield f"{where}.{field}: is {number}; give 0 or more"
