@@ -17,6 +17,7 @@ from kfpytorch_ray.cli.doctor import doctor
 from kfpytorch_ray.cli.exit_codes import ExitCode, described, exit_code_of
 from kfpytorch_ray.cli.look import list_, logs, status
 from kfpytorch_ray.cli.options import verbose_option
+from kfpytorch_ray.cli.render import render
 from kfpytorch_ray.cli.reporting import report
 from kfpytorch_ray.cli.run import run
 from kfpytorch_ray.cli.take import cancel, result
@@ -59,6 +60,7 @@ def main() -> None:
 
 for _command in (
     run,
+    render,
     status,
     list_,
     logs,
