@@ -41,6 +41,7 @@ RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 EXAMPLE_RUN = "kfr-example"
 EXAMPLE_STORAGE = "s3://bucket/prefix"
+EXAMPLE_IMAGE = "registry.example/image:tag"
 """Where a RayJob is shown and not created."""
 
 NEEDS_IMAGE = (
@@ -95,13 +96,14 @@ class KubeRayAdapter:
         return True
 
     def kubernetes_manifests(self, config: JobConfig, arguments: TaskArguments) -> tuple[dict[str, Any], ...]:
-        """The RayJob that this process creates without Flyte; names of a run and its storage are examples."""
+        """The RayJob that this process creates without Flyte; what no option names is an example."""
         from kfpytorch_ray.cluster.kube.entrypoint import entrypoint
 
         folder = f"{self._options.storage or EXAMPLE_STORAGE}/runs/{EXAMPLE_RUN}"
         example = Digest("0" * 64, 0)
         command = entrypoint(EXAMPLE_RUN, folder, example.sha256, example)
-        return (self._draft(config, arguments, EXAMPLE_RUN, command),)
+        options = replace(self._options, image=self._options.image or EXAMPLE_IMAGE)
+        return (_draft(config, options, arguments, EXAMPLE_RUN, command),)
 
     def kubernetes_lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
         """Every field that does not arrive where this process creates the RayJob, and why."""
@@ -176,17 +178,11 @@ class KubeRayAdapter:
         storage = storage_of(options.storage)
         namespace = namespace_of(options)
         run = manifest_of(plan, options.name, options, storage.uri, f"{namespace.name}@{options.context or ''}")
-        draft = self._draft(plan.config, plan.arguments, run.run_id, "python")
+        draft = _draft(plan.config, options, plan.arguments, run.run_id, "python")
         destination = look(options, draft, namespace, storage)
         request = RayAdapter(self._outside_options(plan)).build(relocated(plan, storage, run.run_id))
         inside = replace(inside_options(options), working_dir="", autoscaling=options.cluster is None)
         return submit(request, inside, run, draft, options, destination)
-
-    def _draft(self, config: JobConfig, arguments: TaskArguments, name: str, entrypoint: str) -> dict[str, Any]:
-        from kfpytorch_ray.cluster.runtime_env import driver_environment
-
-        runtime_env = {**(self._options.runtime_env or {}), "env_vars": driver_environment(self._options)}
-        return ray_job(config, self._options, arguments, name=name, entrypoint=entrypoint, runtime_env=runtime_env)
 
     def _outside_options(self, plan: LaunchPlan) -> RayBackend:
         """Options by which the request is built here for a driver that is there."""
@@ -195,6 +191,16 @@ class KubeRayAdapter:
         # A task's are in the plan; a launch's are the backend's.
         amounts = None if own == plan.arguments.resources else node_resources(own, workers=plan.nproc_per_node).amounts
         return RayBackend(resources_per_node=None if amounts is None else dict(amounts), **shared)
+
+
+def _draft(
+    config: JobConfig, options: KubeRayBackend, arguments: TaskArguments, name: str, entrypoint: str
+) -> dict[str, Any]:
+    """The RayJob."""
+    from kfpytorch_ray.cluster.runtime_env import driver_environment
+
+    runtime_env = {**(options.runtime_env or {}), "env_vars": driver_environment(options)}
+    return ray_job(config, options, arguments, name=name, entrypoint=entrypoint, runtime_env=runtime_env)
 
 
 def inside_options(options: KubeRayBackend) -> RayBackend:

@@ -9,13 +9,14 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from flytekit.configuration import ImageConfig, SerializationSettings
+from flytekit.configuration import SerializationSettings
 from flytekit.tools.translator import get_serializable_task
 from google.protobuf.json_format import MessageToDict
 
 from kfpytorch_ray.checks import one_of
 from kfpytorch_ray.config import BackendOptions
 from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.images import settings_for
 from kfpytorch_ray.pods import RendersFlyte, RendersKubernetes
 from kfpytorch_ray.task import PytorchElasticFunctionTask, PyTorchFunctionTask
 
@@ -51,14 +52,16 @@ def render(
         via: Who creates the resources. ``"flyte"``: what Flyte 1.16.8 makes of the registered task, by our own reading
             of it; names and places of an execution are examples. ``"kubernetes"``: what this package creates itself;
             names of a run and its storage are examples.
-        settings: As ``pyflyte register`` would have them. None: flytekit's default image.
+        settings: As ``pyflyte register`` would have them. None: no image is built, and flytekit's default is named.
 
     Raises:
         ConfigError: Not such a task, an unknown way, or a config that the backend refuses.
         BackendUnavailableError: No such backend.
     """
     if not isinstance(task, PytorchElasticFunctionTask | PyTorchFunctionTask):
-        raise ConfigError("render", (f"{task!r} is no task with task_config=Elastic(...) or PyTorch(...)",))
+        raise ConfigError(
+            "render", (f"{getattr(task, 'name', task)} is no task with task_config=Elastic(...) or PyTorch(...)",)
+        )
     if via not in WAYS:
         raise ConfigError("render", (f"via={via!r}: expected {one_of(WAYS)}",))
     rendered = task if backend is None else task.on_backend(backend)
@@ -81,9 +84,7 @@ def task_template(task: Any, settings: SerializationSettings | None = None) -> d
         task: Any Flyte task.
         settings: As for ``render``.
     """
-    how = settings or SerializationSettings(
-        project="project", domain="domain", version="version", image_config=ImageConfig.auto_default_image()
-    )
+    how = settings or settings_for(task)
     message = get_serializable_task(OrderedDict(), how, task).template.to_flyte_idl()
     template: dict[str, Any] = MessageToDict(message)
     return template

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from kfpytorch_ray.cluster.kube.kuberay_cluster_rules import (
     autoscaling,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import rich_click as click
 
 from kfpytorch_ray.cli.reporting import JSON_KEY, VERBOSE_KEY
-from kfpytorch_ray.config import BackendOptions, KubeflowBackend, RayBackend
+from kfpytorch_ray.config import BackendOptions, KubeflowBackend, KubeRayBackend, RayBackend
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.runs import STORAGE_VARIABLE, storage_of
 from kfpytorch_ray.storage import Storage
@@ -26,7 +26,7 @@ from kfpytorch_ray.storage import Storage
 HEADERS_VARIABLE = "RAY_JOB_HEADERS"
 """A JSON object of HTTP headers, which Ray's own command line reads, too."""
 
-OPTIONS_CLASSES: Mapping[str, type[Any]] = {kind.name: kind for kind in (RayBackend, KubeflowBackend)}
+OPTIONS_CLASSES: Mapping[str, type[Any]] = {kind.name: kind for kind in (RayBackend, KubeRayBackend, KubeflowBackend)}
 """The options objects of the backends that come with this package."""
 
 F = TypeVar("F", bound=Callable[..., Any])

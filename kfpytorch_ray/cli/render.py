@@ -12,23 +12,25 @@ import rich_click as click
 
 from kfpytorch_ray.backends import known_backends
 from kfpytorch_ray.cli.manifest_text import as_json, as_yaml
-from kfpytorch_ray.cli.options import verbose_option
+from kfpytorch_ray.cli.options import overlaid, verbose_option
 from kfpytorch_ray.cli.reporting import output_on_stderr
 from kfpytorch_ray.cli.targets import Target, find_target
+from kfpytorch_ray.config import BackendOptions
 from kfpytorch_ray.errors import ConfigError, explain
 from kfpytorch_ray.images import settings_for
 from kfpytorch_ray.preflight import logger as preflight_logger
-from kfpytorch_ray.rendering import VIA_FLYTE, Rendered
+from kfpytorch_ray.rendering import VIA_FLYTE, VIA_KUBERNETES, WAYS, Rendered
 from kfpytorch_ray.rendering import render as render_task
 from kfpytorch_ray.routing import ROUTE_VARIABLE
 from kfpytorch_ray.task import PytorchElasticFunctionTask, PyTorchFunctionTask
 
-WAYS = (VIA_FLYTE, "kubernetes")
 FORMATS = {"yaml": as_yaml, "json": as_json}
 
 NOTES = {
     VIA_FLYTE: "what Flyte 1.16.8 creates for the registered task, by our reading of its source; names, namespace and "
-    "s3:// places are those of an example execution"
+    "s3:// places are those of an example execution",
+    VIA_KUBERNETES: "what this package creates when the task runs without Flyte; the run's name, its place in the "
+    "storage and hashes are examples",
 }
 """What has to be known of a way to read its manifests."""
 
@@ -80,8 +82,12 @@ def _rendered(text: str, target: Target, backend: str | None, via: str, image: s
     if not isinstance(task, PytorchElasticFunctionTask | PyTorchFunctionTask):
         raise ConfigError(text, (_no_task_of_ours(text, target),))
     own = getattr(task.task_config, "backend", None)
+    chosen: str | BackendOptions | None
     # The task's own options are more than the name of the same backend.
     chosen = None if backend == getattr(own, "name", None) else backend
+    if via == VIA_KUBERNETES and image is not None:
+        name = chosen or task.job.choice.name
+        chosen = overlaid(name, task.job.choice.options if chosen is None else None, {"image": image})
     try:
         return render_task(task, chosen, via=via, settings=settings_for(task, image))
     except AssertionError as error:
