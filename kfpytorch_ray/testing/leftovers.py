@@ -51,6 +51,8 @@ class Leftovers:
             temp_dir: The temporary folder of the nodes meant; what belongs to nodes with another one is left out.
                 None: this process's, with all processes and only the folders that agents make themselves.
         """
+        # Before marks: an agent of somebody else that is just starting has a marked process before it has folders.
+        files = _files(temp_dir)
         marked = {process: mark for process, mark in marks().items() if is_running(process)}
         own = {mark for mark in marked.values() if temp_dir is None or _is_under(temp_dir, mark)}
         foreign = {folder for mark in set(marked.values()) - own for folder in mark.split(os.pathsep)[1:]}
@@ -58,7 +60,7 @@ class Leftovers:
         groups, actors = _held_by_ray()
         return cls(
             processes=frozenset(f"{process}: {command(process) or 'ended'}" for process in processes),
-            files=frozenset(_files(temp_dir) - foreign),
+            files=frozenset(files - foreign),
             placement_groups=groups,
             actors=actors,
         )
@@ -111,9 +113,17 @@ def left_after(before: Leftovers, temp_dir: str | None = None, timeout_s: float 
         temp_dir: As in ``Leftovers.now``.
         timeout_s: Longest wait.
     """
+    left = Leftovers()
+
+    def nothing_is_left() -> bool:
+        nonlocal left
+        left = Leftovers.now(temp_dir) - before
+        return not left
+
     with contextlib.suppress(TimeoutError):
-        wait_until(lambda: not Leftovers.now(temp_dir) - before, "the end of what was started", timeout_s)
-    return Leftovers.now(temp_dir) - before
+        wait_until(nothing_is_left, "the end of what was started", timeout_s)
+    # The last look, and no other one: what somebody else is just ending may be seen once without its owner.
+    return left
 
 
 def _agents(temp_dir: str | None) -> set[int]:
