@@ -12,23 +12,27 @@ INSTALLED := .venv/.installed
 # Much of their time the tests wait. A file stays in one process, which has a cluster of its own.
 TEST_PROCESSES ?= 2
 CHAOS_PROCESSES ?= 2
+KUBE ?= $(abspath ../shared/kube)
 CHAOS_RUNS ?= 20
 CHAOS = $(BIN)/pytest tests/chaos -n $(CHAOS_PROCESSES) --dist worksteal
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test chaos check format clean
+.PHONY: help demo test test-kubernetes chaos check format clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 	$(BIN)/python examples/digits.py
 
-test: $(INSTALLED) ## Run all tests
-	$(BIN)/pytest --ignore tests/chaos -n $(TEST_PROCESSES) --dist loadfile --durations 15
+test: $(INSTALLED) ## Run all tests but those of test-kubernetes
+	$(BIN)/pytest --ignore tests/chaos --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
 	$(CHAOS) --chaos-runs 1
+
+test-kubernetes: $(INSTALLED) ## Run the tests that need a Kubernetes control plane: scripts up and down in the folder KUBE
+	KFPYTORCH_RAY_KUBE=$(KUBE) $(BIN)/pytest tests/kubernetes
 
 chaos: $(INSTALLED) ## Break every row of the failure table CHAOS_RUNS times (20) and count hangs and leftovers
 	$(CHAOS) --chaos-runs $(CHAOS_RUNS)

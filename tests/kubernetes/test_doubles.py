@@ -13,7 +13,7 @@ from kubernetes import client
 from kfpytorch_ray.testing import wait_until
 from kfpytorch_ray.testing.processes import is_running
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:Unverified HTTPS request")]
 
 
 def pod(name: str, *command: str, image: str = "any", policy: str = "Never", **container: Any) -> Document:

@@ -13,7 +13,7 @@ from kubernetes import client
 
 from kfpytorch_ray.testing import wait_until
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore:Unverified HTTPS request")]
 
 LONG_S = 400.0
 """For Ray to start on a machine that is busy."""

@@ -65,8 +65,9 @@ class PodRun(threading.Thread):
         try:
             self._publish()
             self._live()
-        except Exception:
+        except Exception as error:
             logger.exception("The Pod %s is given up", self.pod["metadata"]["name"])
+            self._patch({"phase": "Failed", "reason": "DoubleFailed", "message": repr(error)})
         self._deleted.wait()
         try:
             self._end()
@@ -99,12 +100,12 @@ class PodRun(threading.Thread):
             self._publish()
             self._tell("BackOff", f'Back-off pulling image "{image}"')
             return False
-        while not self._started(container):
+        while not self._has_begun(container):
             if self._deleted.wait(_POLL_S * 10):
                 return False
         return True
 
-    def _started(self, container: Container) -> bool:
+    def _has_begun(self, container: Container) -> bool:
         try:
             env = environment(container.spec, self.pod, self.sandbox.address, self._read)
             container.start(env, mounts(container.spec, self.pod, self.sandbox.folder, self._read))
@@ -151,9 +152,12 @@ class PodRun(threading.Thread):
     def _publish(self) -> None:
         status = self._status()
         if status != self._published:
-            meta = self.pod["metadata"]
-            self._api.patch("pods", meta["namespace"], f"{meta['name']}/status", {"status": status})
+            self._patch(status)
             self._published = status
+
+    def _patch(self, status: Document) -> None:
+        meta = self.pod["metadata"]
+        self._api.patch("pods", meta["namespace"], f"{meta['name']}/status", {"status": status})
 
     def _phase(self) -> str:
         if any(one.ended and one.exit_code for one in self._first):
