@@ -1,7 +1,7 @@
 """Pods in Kubernetes's own words, made of the user's templates: for resources that this package creates itself. Pure.
 
-Templates are laid over each other as ``kubectl apply`` would: what has a name (containers, variables, volumes) is
-merged with what has the same, other lists are joined.
+Templates are laid over each other much as Kubernetes's strategic merge patch has it: what has a name (containers,
+variables, volumes) is merged with what has the same, a list of plain values is replaced, other lists are joined.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ _KEYS = {"volumeMounts": "mountPath", "ports": "containerPort"}
 """By what the items of a list are told apart, where that is not their name."""
 
 
-def pod(name: str, container: Manifest, templates: Sequence[PodTemplate | None], **spec: Any) -> Manifest:
+def pod(
+    name: str, container: Manifest, templates: Sequence[PodTemplate | None], resources: Manifest, **spec: Any
+) -> Manifest:
     """A pod template whose first container is ours.
 
     Args:
-        name: Of that container. A template's primary container is laid under it, other containers come behind.
-        container: What we say of it; wins over the templates.
+        name: Of that container. A template's primary container is laid over it, other containers come behind.
+        container: What it is where the templates say nothing.
         templates: The user's, the later over the earlier.
+        resources: Of that container, whatever the templates say: what Ray knows of a node follows from them.
         **spec: Fields of the pod's spec where the templates say nothing; None is left out.
     """
-    merged: Manifest = {name: value for name, value in spec.items() if value is not None}
+    merged: Manifest = {field: value for field, value in spec.items() if value is not None}
+    merged["containers"] = [{"name": name, **container}]
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     for template in templates:
@@ -36,18 +40,13 @@ def pod(name: str, container: Manifest, templates: Sequence[PodTemplate | None],
             merged = laid_over(merged, _with_primary(name, template))
             labels |= template.labels or {}
             annotations |= template.annotations or {}
-    containers = merged.get("containers", [])
-    primary: Manifest = next((one for one in containers if one["name"] == name), {})
-    merged["containers"] = [
-        laid_over(primary, {"name": name, **container}),
-        *(one for one in containers if one["name"] != name),
-    ]
+    merged["containers"][0]["resources"] = resources
     metadata = {key: value for key, value in (("labels", labels), ("annotations", annotations)) if value}
     return {**({"metadata": metadata} if metadata else {}), "spec": merged}
 
 
 def laid_over(base: Any, over: Any, key: str = "name") -> Any:
-    """``over`` laid over ``base``: dicts field by field, lists of what has names by name, other lists joined.
+    """``over`` laid over ``base``: dicts field by field, lists of what has names by name, lists of other dicts joined.
 
     Args:
         base: What counts where ``over`` says nothing.
@@ -65,7 +64,9 @@ def laid_over(base: Any, over: Any, key: str = "name") -> Any:
 
 
 def _joined(base: list[Any], over: list[Any], key: str) -> list[Any]:
-    if not all(isinstance(item, dict) and key in item for item in (*base, *over)):
+    if not all(isinstance(item, dict) for item in (*base, *over)):
+        return over
+    if not all(key in item for item in (*base, *over)):
         return [*base, *(item for item in over if item not in base)]
     merged = {item[key]: item for item in base}
     for item in over:

@@ -122,8 +122,9 @@ def _head(options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
         "rayStartParams": {**options.head_start_params, "num-cpus": "0"},
         "template": pod(
             HEAD_CONTAINER,
-            {"image": options.image, "resources": resources},
+            {"image": options.image},
             (arguments.pod_template, options.head_pod_template),
+            resources,
             restartPolicy="Never" if options.submission_mode == "SidecarMode" else None,
             serviceAccountName=options.service_account,
         ),
@@ -133,7 +134,6 @@ def _head(options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
 def _workers(group: WorkerGroup, options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
     container = {
         "image": options.image,
-        "resources": group.resources,
         # So that Ray hears of a pod that is taken away before its silence tells.
         "lifecycle": {"preStop": {"exec": {"command": ["/bin/sh", "-c", "ray stop"]}}},
     }
@@ -148,6 +148,7 @@ def _workers(group: WorkerGroup, options: KubeRayBackend, arguments: TaskArgumen
             WORKER_CONTAINER,
             container,
             (arguments.pod_template, options.worker_pod_template),
+            group.resources,
             serviceAccountName=options.service_account,
         ),
     }
@@ -159,8 +160,9 @@ def _submitter(options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
     secrets = (arguments.pod_template.pod_spec.image_pull_secrets if arguments.pod_template else None) or ()
     return pod(
         SUBMITTER_CONTAINER,
-        {"image": options.image, "resources": resources},
+        {"image": options.image},
         (),
+        resources,
         restartPolicy="Never",
         serviceAccountName=options.service_account,
         imagePullSecrets=[{"name": secret.name} for secret in secrets] or None,

@@ -260,7 +260,8 @@ class KubeRayBackend(StoredRunOptions):
 
     Under Flyte (1.14 or later) its ``ray`` plugin asks KubeRay for it. Elsewhere, in a script, a notebook, a local
     execution or by ``launch()``, this process does: it creates a RayJob in ``namespace``, follows it, and takes the
-    result from ``storage``; the call travels there, too. Closing this process is as for a remote Ray.
+    result from ``storage``; the call travels there, too. If this process ends, the run goes on, or stops after
+    ``lease_s``.
 
     The task's requests and limits are those of one Ray worker pod, in which one node's workers run. The driver runs on
     the head pod, which has no GPU and takes no workers. ``working_dir=None`` sends the current directory; under Flyte

@@ -10,21 +10,16 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import urllib3
-from kubernetes import client, config, watch
+from kubernetes import client, watch
 from kubernetes.client.exceptions import ApiException
-from kubernetes.config.config_exception import ConfigException
 
-from kfpytorch_ray.errors import (
-    AuthenticationError,
-    ClusterError,
-    ClusterUnreachableError,
-    ConfigError,
-    explain,
-)
+from kfpytorch_ray.cluster.kube.connection import connection
+from kfpytorch_ray.cluster.kube.kinds import Kind
+from kfpytorch_ray.cluster.kube.refusals import GoneError, not_installed, refusal, unreachable
+from kfpytorch_ray.errors import AuthenticationError, ClusterError, ClusterUnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -44,33 +39,6 @@ _GONE = 410
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of custom resource.
-
-    Attributes:
-        group: Of its API.
-        plural: As in its URL.
-        name: As in ``kind``.
-        operator: Whose it is, for people.
-    """
-
-    group: str
-    plural: str
-    name: str
-    operator: str
-
-    @property
-    def crd(self) -> str:
-        """Name of its definition."""
-        return f"{self.plural}.{self.group}"
-
-
-RAY_JOB = Kind("ray.io", "rayjobs", "RayJob", "KubeRay")
-RAY_CLUSTER = Kind("ray.io", "rayclusters", "RayCluster", "KubeRay")
-PYTORCH_JOB = Kind("kubeflow.org", "pytorchjobs", "PyTorchJob", "Kubeflow's training operator")
-
-
 class Namespace:
     """One namespace of a cluster.
 
@@ -84,7 +52,7 @@ class Namespace:
     """
 
     def __init__(self, name: str | None = None, context: str | None = None, kubeconfig: str | None = None) -> None:
-        self._api, at_home = _connection(context, kubeconfig)
+        self._api, at_home = connection(context, kubeconfig)
         self.name = name or at_home or "default"
         # What its methods return depends on their arguments, which its annotations do not know.
         self._custom: Any = client.CustomObjectsApi(self._api)
@@ -109,13 +77,16 @@ class Namespace:
             served: Manifest = json.loads(found.data)
         except ApiException as error:
             if error.status == 404:
-                raise self._not_installed(kind) from error
+                raise not_installed(kind, self.server) from error
             if error.status in (401, 403):
                 return None
             raise self._told(error, f"read the definition {kind.crd}") from error
         except urllib3.exceptions.HTTPError as error:
             raise self._unreachable(error) from error
-        version = next(one for one in served["spec"]["versions"] if one["name"] == "v1")
+        version = next((one for one in served["spec"]["versions"] if one["name"] == "v1"), None)
+        if version is None:
+            # Of KubeRay before 1.0.
+            raise not_installed(kind, self.server)
         schema: Manifest = version["schema"]["openAPIV3Schema"]
         return schema
 
@@ -164,7 +135,7 @@ class Namespace:
         Raises:
             ClusterError: The cluster refuses, or cannot be reached.
         """
-        with contextlib.suppress(_GoneError):
+        with contextlib.suppress(GoneError):
             self._ask(
                 f"delete the {kind.name} {name}",
                 lambda: self._custom.delete_namespaced_custom_object(
@@ -299,82 +270,10 @@ class Namespace:
             raise self._unreachable(error) from error
 
     def _told(self, error: ApiException, what: str, kind: Kind | None = None) -> ClusterError:
-        """What the API server's refusal means."""
-        said = _message(error)
-        where = f"The Kubernetes cluster at {self.server}"
-        match error.status:
-            case 401:
-                return AuthenticationError(
-                    explain(
-                        f"{where} does not know who asks (401).",
-                        "The kubeconfig's credentials are missing or have expired.",
-                        "Log in again, or name another context: context=...; try `kubectl auth whoami`.",
-                    )
-                )
-            case 403:
-                return AuthenticationError(
-                    explain(
-                        f"{where} refuses to {what} in the namespace {self.name!r} (403).",
-                        said,
-                        "Ask for a Role with get, list, watch, create and delete on rayjobs.ray.io or "
-                        "pytorchjobs.kubeflow.org, and get and list on pods, pods/log and events; a quota that is "
-                        "used up is refused like this, too.",
-                    )
-                )
-            case 404 if "namespaces" in said:
-                return ClusterError(
-                    explain(
-                        f"{where} has no namespace {self.name!r}.",
-                        said,
-                        f"Create it (kubectl create namespace {self.name}), or name another one: namespace=...",
-                    )
-                )
-            case 404 if kind is not None:
-                return self._not_installed(kind)
-            case 404:
-                return _GoneError(explain(f"{where} could not {what}.", said, "It is gone already."))
-            case 409:
-                return ClusterError(
-                    explain(f"{where} could not {what}.", said, "A resource of this name is there: launch again.")
-                )
-            case 400 | 422:
-                return ClusterError(
-                    explain(
-                        f"{where} refuses to {what}: the manifest is not valid there ({error.status}).",
-                        said,
-                        "Look at the field that is named: it comes from the backend's options (spec=..., pod "
-                        "templates), or this cluster's operator is too old for it.",
-                    )
-                )
-            case 429 | 500 | 502 | 503 | 504:
-                return ClusterUnreachableError(
-                    explain(f"{where} could not {what} now ({error.status}).", said, "Try again in a moment.")
-                )
-            case _:
-                return ClusterError(explain(f"{where} could not {what} ({error.status}).", said, "See its message."))
-
-    def _not_installed(self, kind: Kind) -> ClusterError:
-        return ClusterError(
-            explain(
-                f"The Kubernetes cluster at {self.server} knows no {kind.name}.",
-                f"{kind.operator} is not installed there: its definition {kind.crd} is missing.",
-                f"Install {kind.operator}, or name the cluster that has it: context=..., kubeconfig=...",
-            )
-        )
+        return refusal(error, what, self.server, self.name, kind)
 
     def _unreachable(self, error: Exception) -> ClusterUnreachableError:
-        cause = getattr(error, "reason", None) or error
-        return ClusterUnreachableError(
-            explain(
-                f"The Kubernetes cluster at {self.server} cannot be reached.",
-                str(cause),
-                "Check the context (kubectl config current-context), the VPN or tunnel to it, and that it runs.",
-            )
-        )
-
-
-class _GoneError(ClusterError):
-    """What was to be changed is not there."""
+        return unreachable(error, self.server)
 
 
 class _Deadline:
@@ -384,46 +283,3 @@ class _Deadline:
     def left(self) -> float:
         """Seconds."""
         return self._end - time.monotonic()
-
-
-def _connection(context: str | None, kubeconfig: str | None) -> tuple[client.ApiClient, str | None]:
-    """A client, and the namespace that its configuration names."""
-    try:
-        contexts, current = config.list_kube_config_contexts(config_file=kubeconfig)
-        chosen = next((one for one in contexts if one["name"] == context), None) if context else current
-        api = config.new_client_from_config(config_file=kubeconfig, context=context)
-    except (ConfigException, OSError, TypeError) as error:
-        if context is None and kubeconfig is None:
-            with contextlib.suppress(ConfigException):
-                return _in_cluster()
-        named = "".join(
-            f", {name}={value!r}" for name, value in (("kubeconfig", kubeconfig), ("context", context)) if value
-        )
-        raise ConfigError(
-            "Kubernetes",
-            (
-                explain(
-                    f"no cluster is named that could be used{named}",
-                    str(error),
-                    "Name a kubeconfig and a context that `kubectl config get-contexts` lists: kubeconfig=..., "
-                    "context=..., or KUBECONFIG.",
-                ),
-            ),
-        ) from error
-    return api, ((chosen or {}).get("context") or {}).get("namespace")
-
-
-def _in_cluster() -> tuple[client.ApiClient, str | None]:
-    settings = client.Configuration()
-    config.load_incluster_config(client_configuration=settings)
-    with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace") as file:
-        return client.ApiClient(settings), file.read().strip()
-
-
-def _message(error: ApiException) -> str:
-    """What the API server says of a refusal, without headers."""
-    try:
-        said = json.loads(error.body or "")["message"]
-    except (ValueError, KeyError, TypeError):
-        said = error.reason
-    return str(said or "It says nothing about it.")

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
-from kfpytorch_ray.cluster.kube.client import RAY_CLUSTER, RAY_JOB, Manifest, Namespace
+from kfpytorch_ray.cluster.kube.client import Manifest, Namespace
+from kfpytorch_ray.cluster.kube.kinds import RAY_JOB
 from kfpytorch_ray.cluster.kube.pod_log import PodLogTail, driver_part
 from kfpytorch_ray.cluster.remote.job import JobState
 from kfpytorch_ray.errors import ClusterError, KfpytorchRayError, PlacementTimeoutError, explain
@@ -155,16 +156,6 @@ class KubeRayJob:
     def forget(self) -> None:
         """Delete it, and by that its cluster."""
         self._namespace.delete(RAY_JOB, self._name)
-
-
-def cluster_state(namespace: Namespace, name: str) -> str | None:
-    """``status.state`` of a RayCluster, empty as long as it has none; None if there is no such cluster.
-
-    Raises:
-        ClusterError: The cluster refuses to tell, or cannot be reached.
-    """
-    found = namespace.get(RAY_CLUSTER, name)
-    return None if found is None else str((found.get("status") or {}).get("state", ""))
 
 
 def _trouble_of(pod: Any) -> tuple[str, str] | None:

@@ -11,8 +11,9 @@ import pickle
 from dataclasses import dataclass
 
 from kfpytorch_ray.cluster.kube import code
-from kfpytorch_ray.cluster.kube.client import RAY_CLUSTER, RAY_JOB, Manifest, Namespace
+from kfpytorch_ray.cluster.kube.client import Manifest, Namespace
 from kfpytorch_ray.cluster.kube.entrypoint import entrypoint
+from kfpytorch_ray.cluster.kube.kinds import RAY_CLUSTER, RAY_JOB
 from kfpytorch_ray.cluster.kube.kuberay_fields import unknown_field_problems
 from kfpytorch_ray.cluster.kube.kuberay_job import KubeRayJob
 from kfpytorch_ray.cluster.kube.kuberay_rules import problems

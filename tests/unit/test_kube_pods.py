@@ -45,7 +45,7 @@ def test_what_is_over_counts(base: dict[str, Any], over: dict[str, Any]) -> None
 
 
 def test_lists_are_merged_by_what_tells_their_items_apart() -> None:
-    """Variables by name, mounts by path, ports by number; tolerations, which have nothing of the kind, are joined."""
+    """Variables by name, mounts by path; tolerations, which have nothing of it, are joined, arguments replaced."""
     base = {
         "env": [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}],
         "volumeMounts": [{"name": "v", "mountPath": "/a"}, {"name": "v", "mountPath": "/b"}],
@@ -62,12 +62,12 @@ def test_lists_are_merged_by_what_tells_their_items_apart() -> None:
         "env": [{"name": "A", "value": "1"}, {"name": "B", "value": "3"}],
         "volumeMounts": [{"name": "v", "mountPath": "/a"}, {"name": "w", "mountPath": "/b"}],
         "tolerations": [{"key": "gpu"}, {"key": "gpu", "effect": "NoSchedule"}],
-        "args": ["x", "y"],
+        "args": ["y"],
     }
 
 
 def test_the_primary_container_comes_first_and_is_ours() -> None:
-    """Whatever the user calls it and wherever it stands; what we say of it wins, what only they say stays."""
+    """Whatever the user calls it and wherever it stands; what they say of it wins, but for its resources."""
     users = template(
         "main",
         containers=[
@@ -83,14 +83,18 @@ def test_the_primary_container_comes_first_and_is_ours() -> None:
         tolerations=[V1Toleration(key="gpu")],
     )
     more.labels = {"queue": "q"}
-    made = pod("ray-worker", {"image": "ours"}, (users, None, more), serviceAccountName="robot", restartPolicy=None)
+    ours = {"image": "ours", "lifecycle": {"preStop": {}}}
+    amounts = {"limits": {"cpu": "1"}}
+    made = pod("ray-worker", ours, (users, None, more), amounts, serviceAccountName="robot", restartPolicy=None)
     assert made == {
         "metadata": {"labels": {"queue": "q"}},
         "spec": {
             "containers": [
                 {
                     "name": "ray-worker",
-                    "image": "ours",
+                    "image": "theirs",
+                    "lifecycle": {"preStop": {}},
+                    "resources": {"limits": {"cpu": "1"}},
                     "env": [{"name": "A", "value": "1"}],
                     "volumeMounts": [{"name": "data", "mountPath": "/data"}],
                 },
