@@ -80,8 +80,10 @@ class KubeRayJob:
         names = {self._name, cluster, *(pod.metadata.name for pod in pods)}
         events = [] if troubles else self._namespace.warnings_of(names - {None})
         ready = sum(pod.status.phase == "Running" for pod in pods)
-        why = "; ".join([text for _, text in troubles[:3]] or events[-2:]) or "its pods are being made"
-        message = f"waits for its Ray cluster: {ready} of {len(pods)} pods run. {why}."
+        why = "; ".join([text for _, text in troubles[:3]] or events[-2:]) or (
+            "the others start" if pods else "they are being made"
+        )
+        message = f"waits for its Ray cluster: {ready} of {len(pods)} pods run; {why}."
         hopeless = any(reason in _HOPELESS for reason, _ in troubles)
         if not any(reason in _HOPELESS_SOON for reason, _ in troubles):
             self._troubled_since = None

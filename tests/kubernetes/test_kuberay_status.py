@@ -201,7 +201,7 @@ def test_an_image_that_cannot_be_pulled(
     assert api.patch("pods", namespace, "c-head/status", {"status": stuck})
     with pytest.raises(ClusterError, match=r"(?s)cannot come up.*ImagePullBackOff: not found"):
         run.result()
-    assert "0 of 1 pods run. c-head/ray-head ImagePullBackOff" in capsys.readouterr().err
+    assert "0 of 1 pods run; c-head/ray-head ImagePullBackOff" in capsys.readouterr().err
     assert not api.find("rayjobs", namespace)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -56,14 +57,21 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Module
 
 
 @pytest.fixture
-def backend(control_plane: Path, namespace: str, operator: KubeRayOperator, tmp_path: Path) -> KubeRayBackend:
+def storage() -> Iterator[str]:
+    """A folder that this process and the Pods see: each of them has a /tmp of its own."""
+    with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-test-", dir="/var/tmp") as folder:
+        yield folder
+
+
+@pytest.fixture
+def backend(control_plane: Path, namespace: str, operator: KubeRayOperator, storage: str) -> KubeRayBackend:
     """A cluster whose pods are small enough for this machine."""
     small = Resources(cpu="1", mem="1Gi")
     return KubeRayBackend(
         image="registry.example/train:1",
         namespace=namespace,
         kubeconfig=str(control_plane),
-        storage=str(tmp_path / "storage"),
+        storage=storage,
         requests=small,
         head_requests=small,
     )

@@ -40,7 +40,11 @@ def ray_job(name: str, entrypoint: str = "true", *, workers: int = 1, **spec: An
                 "rayVersion": "2.60.0",
                 "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": {"spec": {"containers": [head]}}},
                 "workerGroupSpecs": [
-                    {**group, "rayStartParams": {}, "template": {"spec": {"containers": [worker]}}},
+                    {
+                        **group,
+                        "rayStartParams": {},
+                        "template": {"spec": {"containers": [worker], "restartPolicy": "Never"}},
+                    },
                 ],
             },
             **spec,
@@ -103,6 +107,34 @@ def test_a_ray_job_runs_and_leaves_nothing(
     for resource in ("rayjobs", "rayclusters", "jobs", "services", "pods"):
         wait_until(lambda resource=resource: not api.find(resource, namespace), f"no {resource}", LONG_S)
     assert not node.running
+
+
+def test_workers_come_when_they_are_asked_for_and_a_failure_is_told(
+    api: Api, namespace: str, node: Node, operator: KubeRayOperator
+) -> None:
+    """Submitted over HTTP with no worker: autoscaling brings one, a lost one is replaced, exit code 3 is AppFailed."""
+    script = WORK + "import os, time\nwhile not os.path.exists('/tmp/go'): time.sleep(0.1)\nraise SystemExit(3)"
+    job = ray_job("grows", python(script), workers=0, submissionMode="HTTPMode", shutdownAfterJobFinishes=True)
+    job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] = True
+    api.create("rayjobs", namespace, job)
+
+    def workers() -> list[str]:
+        found = api.find("pods", namespace, "ray.io/node-type=worker")
+        return [pod["metadata"]["name"] for pod in found if pod["status"].get("phase") == "Running"]
+
+    wait_until(workers, "a worker", LONG_S)
+    (lost,) = workers()
+    node.kill_container(namespace, lost)
+    wait_until(lambda: workers() and lost not in workers(), "another worker", LONG_S)
+    head = api.find("pods", namespace, "ray.io/node-type=head")[0]["metadata"]["name"]
+    for process in node.processes(namespace, head):
+        open(f"/proc/{process}/root/tmp/go", "w", encoding="utf-8").close()
+    ended = wait_for(api, namespace, "grows", "Complete", "Failed")
+    assert (ended["jobStatus"], ended["reason"]) == ("FAILED", "AppFailed")
+    assert "exit code 3" in ended["message"]
+    assert not api.find("jobs", namespace)
+    wait_until(lambda: not api.find("pods", namespace), "the RayCluster's Pods to go", LONG_S)
+    assert api.get("rayjobs", namespace, "grows") is not None
 
 
 @pytest.mark.parametrize(

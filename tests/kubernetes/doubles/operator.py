@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import traceback
 from collections.abc import Sequence
 from typing import final
 
@@ -46,6 +47,7 @@ class KubeRayOperator:
         self._api = Api(connection)
         self._jobs = RayJobs(self._api, self.problems, self._scripts)
         self._clusters = RayClusters(self._api, self.cluster_problems)
+        self._logged: set[str] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="operator", daemon=True)
 
@@ -82,6 +84,12 @@ class KubeRayOperator:
         except client.ApiException as error:
             # Deleted or changed meanwhile; a namespace that is being deleted takes nothing new.
             level = logging.INFO if error.status in {403, 404, 409} else logging.ERROR
-            logger.log(level, "The API server refuses: %s", error)
+            self._log(level, f"The API server refuses: {error.body}")
         except Exception:
-            logger.exception("The operator goes on after an error")
+            self._log(logging.ERROR, traceback.format_exc())
+
+    def _log(self, level: int, message: str) -> None:
+        """Once: it is tried again and again."""
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.log(level, "%s", message)

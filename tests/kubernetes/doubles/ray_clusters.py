@@ -150,7 +150,7 @@ class RayClusters:
                 "type": name,
                 "status": str(holds),
                 "reason": why,
-                "message": "",
+                "message": why,
                 "lastTransitionTime": _since(before, name, holds),
             }
             for name, (holds, why) in conditions.items()

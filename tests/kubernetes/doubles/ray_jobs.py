@@ -97,6 +97,8 @@ class RayJobs:
 
     def _write(self, job: Document, status: Document) -> None:
         meta = job["metadata"]
+        # As in Go, whose fields are left out where they are empty.
+        status = {name: value for name, value in status.items() if value != ""}
         if status == (job.get("status") or {}):
             return
         # The generation counts changes of the specification.
