@@ -17,13 +17,13 @@ from flytekit.core.python_auto_container import get_registerable_container_image
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfpytorch_ray import ConfigError
+from kfpytorch_ray import ConfigError, KubeRayBackend
 from kfpytorch_ray.cli.exit_codes import ExitCode
 from kfpytorch_ray.cli.group import main
 from kfpytorch_ray.cli.manifest_text import as_json, as_yaml
 from kfpytorch_ray.cli.targets import find_target
 from kfpytorch_ray.images import settings_for
-from kfpytorch_ray.rendering import Rendered, render
+from kfpytorch_ray.rendering import VIA_KUBERNETES, Rendered, render
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOW = """
@@ -124,6 +124,16 @@ def test_the_example_is_printed_as_it_is_rendered(digits: str, backend: str, kin
     assert expected.manifests[0]["kind"] == kind
     assert lost_lines(done) == list(expected.lost)
     assert bool(expected.lost) == (backend == "kuberay")
+
+
+def test_what_is_created_without_flyte_is_printed_too(digits: str) -> None:
+    """With the image that is named; the note says that names are examples."""
+    done = cli(digits, "--backend", "kuberay", "--via", "kubernetes", "--image", "registry.example/digits:1")
+    assert done.exit_code == ExitCode.OK, done.output
+    expected = render(find_target(digits).task, KubeRayBackend(image="registry.example/digits:1"), VIA_KUBERNETES)
+    assert tuple(yaml.safe_load_all(done.stdout)) == expected.manifests
+    assert lost_lines(done) == list(expected.lost)
+    assert "note: what this package creates" in done.stderr
 
 
 def test_keys_stand_where_people_look_for_them(digits: str) -> None:
@@ -233,7 +243,8 @@ def test_an_image_needs_a_version(image: str, words: str, flow: Path) -> None:
         ("ordinary", (), "ordinary is a task without task_config. Why: "),
         ("mapped", (), "expected a function or a function's task"),
         ("train", ("--backend", "pigeon"), "kubeflow, ray, kuberay"),
-        ("train", ("--backend", "double"), "does not say what Flyte makes"),
+        ("train", ("--backend", "double"), "creates nothing on the way 'flyte'"),
+        ("train", ("--backend", "ray", "--via", "kubernetes"), "creates nothing on the way 'kubernetes'"),
         ("forking", ("--backend", "kubeflow"), "start_method='forkserver'"),
         ("train", ("--via", "pigeon"), "--via"),
         ("train", ("-o", "toml"), "--output"),
