@@ -40,8 +40,10 @@ def settings_for(task: Any, image: str | None = None) -> SerializationSettings:
 
 
 def _image_specs(task: Any) -> list[ImageSpec]:
-    pods = getattr(task.pod_template, "pod_spec", None)
-    images = [task.container_image, *(container.image for container in getattr(pods, "containers", None) or [])]
+    # A map of a task has the task's.
+    own = getattr(task, "python_function_task", task)
+    pods = getattr(getattr(own, "pod_template", None), "pod_spec", None)
+    images = [getattr(own, "container_image", None), *(container.image for container in getattr(pods, "containers", None) or [])]
     return [image for image in images if isinstance(image, ImageSpec)]
 
 
