@@ -43,7 +43,10 @@ def _image_specs(task: Any) -> list[ImageSpec]:
     # A map of a task has the task's.
     own = getattr(task, "python_function_task", task)
     pods = getattr(getattr(own, "pod_template", None), "pod_spec", None)
-    images = [getattr(own, "container_image", None), *(container.image for container in getattr(pods, "containers", None) or [])]
+    images = [
+        getattr(own, "container_image", None),
+        *(container.image for container in getattr(pods, "containers", None) or []),
+    ]
     return [image for image in images if isinstance(image, ImageSpec)]
 
 
