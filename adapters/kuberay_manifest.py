@@ -17,22 +17,18 @@ from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, SUBM
 from kfpytorch_ray.adapters.kube_pods import Manifest, laid_over, pod
 from kfpytorch_ray.adapters.worker_pods import WorkerGroup, pod_resources, worker_groups
 from kfpytorch_ray.backends import JobConfig
+from kfpytorch_ray.cluster.kube.kinds import CLUSTER_LABEL, SUBMITTER_CONTAINER
 from kfpytorch_ray.config import KubeRayBackend
 from kfpytorch_ray.task_arguments import TaskArguments, nothing_asked
 
 RUN_LABEL = "kfpytorch-ray/run"
 """On the RayJob and, by KubeRay, on its cluster."""
 
-SUBMITTER_CONTAINER = "ray-job-submitter"
-"""KubeRay's own name for it."""
-
 DEFAULT_DEADLINE_S = 30 * 24 * 3600
 """For jobs that have none: before 1.7 KubeRay waits for ever for a job whose head pod was lost."""
 
 _DEADLINE_MARGIN_S = 600
 """The driver keeps the user's deadline and says so; KubeRay's comes after it."""
-
-CLUSTER_LABEL = "ray.io/cluster"
 
 
 def ray_job(

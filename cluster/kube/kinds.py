@@ -1,4 +1,4 @@
-"""The custom resources that are created here."""
+"""The custom resources that are created here, and KubeRay's own names in and around them."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ class Kind:
 
 RAY_JOB = Kind("ray.io", "rayjobs", "RayJob", "KubeRay")
 RAY_CLUSTER = Kind("ray.io", "rayclusters", "RayCluster", "KubeRay")
+
+CLUSTER_LABEL = "ray.io/cluster"
+"""On every pod of a Ray cluster, and in a RayJob's selector of a cluster that is there."""
+
+SUBMITTER_CONTAINER = "ray-job-submitter"
+"""Which submits the driver of a RayJob and shows its log."""

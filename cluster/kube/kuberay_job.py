@@ -13,14 +13,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from kfpytorch_ray.cluster.kube.client import Manifest, Namespace
-from kfpytorch_ray.cluster.kube.kinds import RAY_JOB
+from kfpytorch_ray.cluster.kube.kinds import CLUSTER_LABEL, RAY_JOB, SUBMITTER_CONTAINER
 from kfpytorch_ray.cluster.kube.pod_log import PodLogTail, driver_part
 from kfpytorch_ray.cluster.remote.job import JobState
 from kfpytorch_ray.errors import ClusterError, KfpytorchRayError, PlacementTimeoutError, explain
 from kfpytorch_ray.run import RunStatus
 
-SUBMITTER_CONTAINER = "ray-job-submitter"
-HEAD_SELECTOR = "ray.io/cluster={},ray.io/node-type=head"
+HEAD_SELECTOR = f"{CLUSTER_LABEL}={{}},ray.io/node-type=head"
 
 _WAITING = ("", "New", "Initializing", "Waiting", "Suspending", "Suspended", "Retrying")
 _HOPELESS = ("InvalidImageName", "CreateContainerConfigError")
@@ -75,7 +74,7 @@ class KubeRayJob:
             self._troubled_since = None
             return JobState(RunStatus.PENDING, "is suspended: a queue has not admitted it yet, or somebody has.")
         cluster = (job.get("status") or {}).get("rayClusterName") or self._selected(job)
-        pods = self._namespace.pods(f"ray.io/cluster={cluster}") if cluster else []
+        pods = self._namespace.pods(f"{CLUSTER_LABEL}={cluster}") if cluster else []
         troubles = [trouble for pod in pods if (trouble := _trouble_of(pod)) is not None]
         names = {self._name, cluster, *(pod.metadata.name for pod in pods)}
         events = [] if troubles else self._namespace.warnings_of(names - {None})
@@ -109,7 +108,7 @@ class KubeRayJob:
 
     def _selected(self, job: Manifest) -> str | None:
         """The cluster that is there already, where the job has chosen one."""
-        found: str | None = ((job.get("spec") or {}).get("clusterSelector") or {}).get("ray.io/cluster")
+        found: str | None = ((job.get("spec") or {}).get("clusterSelector") or {}).get(CLUSTER_LABEL)
         return found
 
     def _refused(self, said: str) -> ClusterError:

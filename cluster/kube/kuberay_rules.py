@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from kfpytorch_ray.cluster.kube.kinds import CLUSTER_LABEL
 from kfpytorch_ray.cluster.kube.kuberay_cluster_rules import (
     autoscaling,
     cluster_spec_problems,
@@ -31,7 +32,6 @@ MAX_NAME_LENGTHS = {"RayCluster": 53, "RayJob": 47}
 SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 """The schema takes any word."""
 
-CLUSTER_LABEL = "ray.io/cluster"
 ORIGIN_LABEL = "ray.io/originated-from-crd"
 
 _DNS_1035_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")

@@ -7,15 +7,14 @@ breaks, it is read again from its beginning and what was delivered is passed ove
 from __future__ import annotations
 
 import codecs
-import contextlib
 import logging
-import queue
 import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import final
 
 from kfpytorch_ray.cluster.kube.client import Namespace
+from kfpytorch_ray.cluster.remote.received import Received
 from kfpytorch_ray.errors import ClusterError
 
 logger = logging.getLogger(__name__)
@@ -51,9 +50,8 @@ class PodLogTail:
         self._find_pod = find_pod
         self._container = container
         self._run_id = run_id
-        self._texts: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._texts = Received()
         self._received = 0
-        self._delivered = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kfpytorch-ray-log", daemon=True)
 
@@ -72,18 +70,11 @@ class PodLogTail:
 
     def next(self, timeout_s: float) -> str:
         """What has come since the last time, after ``timeout_s`` at the latest; empty if nothing has."""
-        texts = []
-        with contextlib.suppress(queue.Empty):
-            texts.append(self._texts.get(timeout=timeout_s) if timeout_s else self._texts.get_nowait())
-            while True:
-                texts.append(self._texts.get_nowait())
-        text = "".join(texts)
-        self._delivered += len(text)
-        return text
+        return self._texts.next(timeout_s)
 
     def rest(self, whole: str) -> str:
         """What of the driver's whole log ``next`` has not returned."""
-        return driver_part(whole, self._run_id)[self._delivered :]
+        return driver_part(whole, self._run_id)[self._texts.delivered :]
 
     def _run(self) -> None:
         while not self._over.is_set():

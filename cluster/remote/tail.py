@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import threading
 from types import TracebackType
 from typing import final
@@ -18,6 +17,7 @@ from typing import final
 import aiohttp
 
 from kfpytorch_ray.cluster.remote.client import CONNECT_TIMEOUT_S, JobClient
+from kfpytorch_ray.cluster.remote.received import Received
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,7 @@ class LogTail:
     def __init__(self, client: JobClient, submission_id: str) -> None:
         self._client = client
         self._url = f"{client.address}/api/jobs/{submission_id}/logs/tail"
-        self._texts: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._delivered = 0
+        self._texts = Received()
         self._received = 0
         self._loop = asyncio.new_event_loop()
         self._over = asyncio.Event()
@@ -65,18 +64,11 @@ class LogTail:
 
     def next(self, timeout_s: float) -> str:
         """What has come since the last time, after ``timeout_s`` at the latest; empty if nothing has."""
-        texts = []
-        with contextlib.suppress(queue.Empty):
-            texts.append(self._texts.get(timeout=timeout_s) if timeout_s else self._texts.get_nowait())
-            while True:
-                texts.append(self._texts.get_nowait())
-        text = "".join(texts)
-        self._delivered += len(text)
-        return text
+        return self._texts.next(timeout_s)
 
     def rest(self, whole: str) -> str:
         """What of the whole log ``next`` has not returned."""
-        return whole[self._delivered :]
+        return whole[self._texts.delivered :]
 
     def _run(self) -> None:
         with contextlib.closing(self._loop):
