@@ -1,32 +1,22 @@
 """A run's driver as the entrypoint of a RayJob: where it stands by KubeRay's status, its pods and their events.
 
 Follows KubeRay's state machine (rayjob_controller.go and rayjob_types.go, v1.7.0): a job is over when its deployment is
-Complete, Failed or, since 1.5, ValidationFailed. Why a cluster does not come up stands nowhere in a RayJob's status, so
-pods and events are asked, as a person would.
+Complete, Failed or, since 1.5, ValidationFailed.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from datetime import datetime, timezone
-from typing import Any
-
 from kfpytorch_ray.cluster.kube.client import Manifest, Namespace
 from kfpytorch_ray.cluster.kube.kinds import CLUSTER_LABEL, RAY_JOB, SUBMITTER_CONTAINER
 from kfpytorch_ray.cluster.kube.pod_log import PodLogTail, driver_part
+from kfpytorch_ray.cluster.kube.waiting import Waiting
 from kfpytorch_ray.cluster.remote.job import JobState
-from kfpytorch_ray.errors import ClusterError, KfpytorchRayError, PlacementTimeoutError, explain
+from kfpytorch_ray.errors import ClusterError, explain
 from kfpytorch_ray.run import RunStatus
 
 HEAD_SELECTOR = f"{CLUSTER_LABEL}={{}},ray.io/node-type=head"
 
 _WAITING = ("", "New", "Initializing", "Waiting", "Suspending", "Suspended", "Retrying")
-_HOPELESS = ("InvalidImageName", "CreateContainerConfigError")
-"""Reasons for which a container waits that do not go away by themselves."""
-_HOPELESS_SOON = ("ErrImagePull", "ImagePullBackOff", "CrashLoopBackOff")
-"""Likewise, but a registry, or what a container needs, may be away for a moment."""
-_PATIENCE_S = 120.0
 
 
 class KubeRayJob:
@@ -41,8 +31,7 @@ class KubeRayJob:
     def __init__(self, namespace: Namespace, name: str, ready_timeout_s: float) -> None:
         self._namespace = namespace
         self._name = name
-        self._ready_timeout_s = ready_timeout_s
-        self._troubled_since: float | None = None
+        self._waiting = Waiting(namespace, name, self.place, ready_timeout_s, "KubeRayBackend")
 
     @property
     def place(self) -> str:
@@ -58,7 +47,7 @@ class KubeRayJob:
         status: Manifest = job.get("status") or {}
         deployment = status.get("jobDeploymentStatus", "")
         if deployment in _WAITING:
-            return self._waiting(job, deployment)
+            return self._waiting_state(job, deployment)
         if deployment == "Running":
             return JobState(RunStatus.RUNNING)
         said = ": ".join(filter(None, (status.get("reason"), status.get("message")))) or "it says no more"
@@ -68,43 +57,12 @@ class KubeRayJob:
             return JobState(RunStatus.STOPPED, said)
         return JobState(RunStatus.LOST, f"Its RayJob is {deployment}, its Ray job {status.get('jobStatus')}: {said}")
 
-    def _waiting(self, job: Manifest, deployment: str) -> JobState:
-        """What it waits for, and whether that is in vain."""
+    def _waiting_state(self, job: Manifest, deployment: str) -> JobState:
         if deployment in ("Suspending", "Suspended"):
-            self._troubled_since = None
-            return JobState(RunStatus.PENDING, "is suspended: a queue has not admitted it yet, or somebody has.")
+            return self._waiting.suspended()
         cluster = (job.get("status") or {}).get("rayClusterName") or self._selected(job)
         pods = self._namespace.pods(f"{CLUSTER_LABEL}={cluster}") if cluster else []
-        troubles = [trouble for pod in pods if (trouble := _trouble_of(pod)) is not None]
-        names = {self._name, cluster, *(pod.metadata.name for pod in pods)}
-        events = [] if troubles else self._namespace.warnings_of(names - {None})
-        ready = sum(pod.status.phase == "Running" for pod in pods)
-        why = "; ".join([text for _, text in troubles[:3]] or events[-2:]) or (
-            "the others start" if pods else "they are being made"
-        )
-        message = f"waits for its Ray cluster: {ready} of {len(pods)} pods run; {why}."
-        hopeless = any(reason in _HOPELESS for reason, _ in troubles)
-        if not any(reason in _HOPELESS_SOON for reason, _ in troubles):
-            self._troubled_since = None
-        elif self._troubled_since is None:
-            self._troubled_since = time.monotonic()
-        else:
-            hopeless = hopeless or time.monotonic() - self._troubled_since > _PATIENCE_S
-        error: KfpytorchRayError | None = None
-        if hopeless:
-            error = ClusterError(
-                explain(f"The Ray cluster of the run {self._name} cannot come up.", why, f"Mend that. {self._hint()}")
-            )
-        elif _age_s(job) > self._ready_timeout_s:
-            error = PlacementTimeoutError(
-                explain(
-                    f"The driver of the run {self._name} has not started within {self._ready_timeout_s:g} s.",
-                    message,
-                    "Ask for less, wait for longer (KubeRayBackend(ready_timeout_s=...)), or see what the pods wait "
-                    f"for. {self._hint()}",
-                )
-            )
-        return JobState(RunStatus.PENDING if error is None else RunStatus.LOST, message, error)
+        return self._waiting.state(job, pods, cluster)
 
     def _selected(self, job: Manifest) -> str | None:
         """The cluster that is there already, where the job has chosen one."""
@@ -119,9 +77,6 @@ class KubeRayJob:
                 "Change what the message names in KubeRayBackend(spec=...), its pod templates or labels.",
             )
         )
-
-    def _hint(self) -> str:
-        return f"Look: {self.place}"
 
     def log(self) -> str:
         """What its driver has printed, as the submitting container shows it."""
@@ -157,27 +112,3 @@ class KubeRayJob:
     def forget(self) -> None:
         """Delete it, and by that its cluster."""
         self._namespace.delete(RAY_JOB, self._name)
-
-
-def _trouble_of(pod: Any) -> tuple[str, str] | None:
-    """Why a pod does not run: the reason in Kubernetes's word, and for people."""
-    for container in _containers_of(pod):
-        waiting = container.state.waiting if container.state else None
-        if waiting is not None and waiting.reason not in (None, "ContainerCreating", "PodInitializing"):
-            said = f": {waiting.message}" if waiting.message else ""
-            return waiting.reason, f"{pod.metadata.name}/{container.name} {waiting.reason}{said}"
-    for condition in pod.status.conditions or ():
-        if condition.type == "PodScheduled" and condition.status == "False":
-            return condition.reason or "", f"{pod.metadata.name} {condition.reason}: {condition.message}"
-    return None
-
-
-def _containers_of(pod: Any) -> Iterator[Any]:
-    yield from pod.status.init_container_statuses or ()
-    yield from pod.status.container_statuses or ()
-
-
-def _age_s(job: Manifest) -> float:
-    """By the API server's clock and ours: good to what clocks differ by."""
-    created = datetime.fromisoformat(job["metadata"]["creationTimestamp"].replace("Z", "+00:00"))
-    return (datetime.now(timezone.utc) - created).total_seconds()
