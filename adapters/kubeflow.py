@@ -10,29 +10,20 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.adapters import kubeflow_findings
-from kfpytorch_ray.adapters.job_message import RENDEZVOUS_BACKEND, is_plain_pod, job_message
+from kfpytorch_ray.adapters.job_message import is_plain_pod, job_message
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic
+from kfpytorch_ray.cluster.torch_elastic import launch_config, run_node
 from kfpytorch_ray.config import KubeflowBackend
 from kfpytorch_ray.errors import (
-    TORCH_IMPORT_ERROR_MESSAGE,
-    LaunchError,
-    LaunchInterruptedError,
-    PlacementTimeoutError,
-    RecoverableWorkerError,
     ResultError,
-    WorkerFailedError,
-    explain,
 )
 from kfpytorch_ray.flyte_worker import (
-    RECOVERABLE_MARKER,
     UNPICKLABLE_MARKER,
-    has_marker,
     leave_marker,
     run_in_current_context,
     spawn_helper,
@@ -43,7 +34,6 @@ from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 from kfpytorch_ray.task_arguments import TaskArguments
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig
 
 logger = logging.getLogger(__name__)
@@ -103,23 +93,7 @@ class KubeflowAdapter:
         Raises:
             ImportError: torch is not installed.
         """
-        try:
-            from torch.distributed.launcher.api import LaunchConfig
-        except ImportError as error:
-            raise ImportError(TORCH_IMPORT_ERROR_MESSAGE) from error
-        return LaunchConfig(
-            run_id=plan.run_id,
-            min_nodes=plan.min_nodes,
-            max_nodes=plan.max_nodes,
-            nproc_per_node=plan.nproc_per_node,
-            rdzv_backend=RENDEZVOUS_BACKEND,
-            # The user's own dict, as upstream: torch adds its default time-out of 900 s to it.
-            rdzv_configs=plan.rdzv_configs,  # type: ignore[arg-type]
-            rdzv_endpoint=os.environ.get("PET_RDZV_ENDPOINT", "localhost:0"),
-            max_restarts=plan.max_restarts,
-            monitor_interval=plan.monitor_interval_s,
-            start_method=plan.start_method,
-        )
+        return launch_config(plan)
 
     def run(self, plan: LaunchPlan) -> ElasticResult:
         """Run this node's workers. The result holds the ranks of this node.
@@ -135,25 +109,10 @@ class KubeflowAdapter:
             LaunchError: Torch elastic failed itself.
         """
         config = self.build(plan)
-        from torch.distributed.elastic.multiprocessing.api import SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
-        from torch.distributed.launcher.api import elastic_launch
-
         _warn_outside_job(plan)
-        _limit_threads(plan)
         entrypoint, args = _entrypoint(plan)
-        try:
-            with importable(plan.function):
-                outputs = elastic_launch(config=config, entrypoint=entrypoint)(*args)
-        except ChildFailedError as error:
-            raise _worker_error(error) from error
-        except SignalException as error:
-            raise LaunchInterruptedError(_interrupted(plan, error), time.time()) from error
-        except RendezvousTimeoutError as error:
-            raise PlacementTimeoutError(_too_few_nodes(plan, error)) from error
-        except RendezvousError as error:
-            raise LaunchError(_no_rendezvous(plan, config, error), time.time()) from error
+        with importable(plan.function):
+            outputs = run_node(plan, config, entrypoint, args)
         return ElasticResult(tuple(outputs), lambda rank: load_result(outputs[rank]))
 
 
@@ -166,17 +125,6 @@ def _warn_outside_job(plan: LaunchPlan) -> None:
             plan.min_nodes,
             plan.join_timeout_s,
         )
-
-
-def _limit_threads(plan: LaunchPlan) -> None:
-    """As torchrun: one OpenMP thread per worker where there are several and the user said nothing."""
-    if plan.nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
-        logger.warning(
-            "OMP_NUM_THREADS is set to 1 for each of the %d workers, so that they do not fight for the cores. "
-            "Set it in the task's environment to tune it.",
-            plan.nproc_per_node,
-        )
-        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _entrypoint(plan: LaunchPlan) -> tuple[Callable[..., bytes], tuple[Any, ...]]:
@@ -207,37 +155,3 @@ def _bring_home(result: ElasticWorkerResult) -> bytes:
     except ResultError:
         leave_marker(UNPICKLABLE_MARKER)
         raise
-
-
-def _worker_error(error: ChildFailedError) -> LaunchError:
-    _, first = error.get_first_failure()
-    message = error.format_msg()
-    if has_marker(first.error_file, RECOVERABLE_MARKER):
-        return RecoverableWorkerError(message, first.timestamp)
-    if has_marker(first.error_file, UNPICKLABLE_MARKER):
-        return ResultError(message, first.timestamp)
-    return WorkerFailedError(message, first.timestamp)
-
-
-def _interrupted(plan: LaunchPlan, error: Exception) -> str:
-    return explain(
-        f"{plan.name} was interrupted and its workers were stopped.",
-        str(error),
-        "Nothing in the task: the pod was evicted, deleted or pre-empted, or the run was cancelled. Run it again.",
-    )
-
-
-def _too_few_nodes(plan: LaunchPlan, error: Exception) -> str:
-    return explain(
-        f"{plan.name} did not find {plan.min_nodes} nodes within {plan.join_timeout_s:.0f} s.",
-        f"The rendezvous timed out: {error}",
-        "Check that all pods of the PyTorchJob were scheduled, or raise rdzv_configs['join_timeout'].",
-    )
-
-
-def _no_rendezvous(plan: LaunchPlan, config: LaunchConfig, error: Exception) -> str:
-    return explain(
-        f"{plan.name} could not meet its other nodes at {config.rdzv_endpoint}.",
-        f"{type(error).__name__}: {error}",
-        "Check that the pods of the PyTorchJob can reach each other and that the master is running.",
-    )

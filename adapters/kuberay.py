@@ -16,9 +16,10 @@ from flytekit.core.context_manager import FlyteContextManager
 from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.adapters import flyte_ray, kuberay_findings
-from kfpytorch_ray.adapters.kuberay_manifest import ray_job, worker_resources
+from kfpytorch_ray.adapters.kuberay_manifest import ray_job
 from kfpytorch_ray.adapters.raycluster import INSTALL, RayAdapter
 from kfpytorch_ray.adapters.stored_runs import manifest_of
+from kfpytorch_ray.adapters.worker_pods import worker_resources
 from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfig, require_package
 from kfpytorch_ray.config import KubeRayBackend, RayBackend, RayRunOptions
 from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, explain

@@ -5,6 +5,7 @@
         request.pkl       what its driver is to do
         lease             changes as long as whoever launched it lives, where it has a lease
         driver.log        what its driver has printed; written at its end
+        pods/NAME/...     how a pod of a PyTorchJob ended and what it has printed; together they make the outcome
         results/rank-N    the value of each rank
         outcome.pkl       what became of every rank, and the error
         outcome.json      how it ended; written last
@@ -40,6 +41,7 @@ MANIFEST = "manifest.json"
 REQUEST = "request.pkl"
 LEASE = "lease"
 DRIVER_LOG = "driver.log"
+PODS = "pods"
 RESULTS = "results"
 OUTCOME_RECORD = "outcome.pkl"
 OUTCOME = "outcome.json"
@@ -49,10 +51,10 @@ _RUNS = "runs"
 _RUN_ID = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 
 
-J = TypeVar("J", bound="_Json")
+J = TypeVar("J", bound="Json")
 
 
-class _Json:
+class Json:
     """Plain data as JSON; fields that another version has written and this one does not know are passed over."""
 
     __slots__ = ()
@@ -77,7 +79,7 @@ class _Json:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest(_Json):
+class Manifest(Json):
     """What a run is.
 
     Attributes:
@@ -108,7 +110,7 @@ class Manifest(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(_Json):
+class Outcome(Json):
     """How a run ended, as far as it can be told without unpickling.
 
     Attributes:
