@@ -4,6 +4,7 @@
         manifest.json     what it is and where; written first, by whoever launches. No secrets
         request.pkl       what its driver is to do
         lease             changes as long as whoever launched it lives, where it has a lease
+        driver            where its driver has begun, on KubeRay
         driver.log        what its driver has printed; written at its end
         results/rank-N    the value of each rank
         outcome.pkl       what became of every rank, and the error
@@ -39,6 +40,7 @@ STORAGE_VARIABLE = "KFPYTORCH_RAY_STORAGE"
 MANIFEST = "manifest.json"
 REQUEST = "request.pkl"
 LEASE = "lease"
+DRIVER = "driver"
 DRIVER_LOG = "driver.log"
 RESULTS = "results"
 OUTCOME_RECORD = "outcome.pkl"
