@@ -20,7 +20,7 @@ from kfpytorch_ray.errors import ClusterError
 TIMEOUT_S = (10.0, 30.0)
 """To connect, and for an answer."""
 
-_LATE_S = 10.0
+_LATE_S = 5.0
 """For which a watch may say nothing after the time at which the server was to end it."""
 
 

@@ -45,7 +45,7 @@ _LOOK_S = 1.0
 """How often it is asked whether a run is over."""
 _STOP_WAIT_S = 120.0
 _SUBMITTING_S = 120.0
-"""How long a manifest may be there before its job is."""
+"""How long a manifest may be there before its job is, which was not seen yet."""
 _TAIL_LINES = 20
 
 _RANK = re.compile(r"\[rank (\d+)\] ")
@@ -70,6 +70,7 @@ class RemoteRun:
         self._folder = folder
         self._options = options
         self._find_job = job
+        self._seen = False
 
     def __repr__(self) -> str:
         return f"RemoteRun({self.run_id!r})"
@@ -94,8 +95,9 @@ class RemoteRun:
             return JobState(RunStatus(outcome.state))
         state = self._job.look()
         if state is None:
-            fresh = time.time() - self._manifest.created_at < _SUBMITTING_S
+            fresh = not self._seen and time.time() - self._manifest.created_at < _SUBMITTING_S
             return JobState(RunStatus.PENDING if fresh else RunStatus.LOST)
+        self._seen = True
         if state.status.ended and (outcome := read_outcome(self._folder)) is not None:
             # Written since it was looked for.
             return JobState(RunStatus(outcome.state))
