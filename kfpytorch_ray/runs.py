@@ -4,6 +4,7 @@
         manifest.json     what it is and where; written first, by whoever launches. No secrets
         request.pkl       what its driver is to do
         lease             changes as long as whoever launched it lives, where it has a lease
+        driver            where its driver has begun, on KubeRay
         driver.log        what its driver has printed; written at its end
         pods/NAME/...     how a pod of a PyTorchJob ended and what it has printed; together they make the outcome
         results/rank-N    the value of each rank
@@ -40,6 +41,7 @@ STORAGE_VARIABLE = "KFPYTORCH_RAY_STORAGE"
 MANIFEST = "manifest.json"
 REQUEST = "request.pkl"
 LEASE = "lease"
+DRIVER = "driver"
 DRIVER_LOG = "driver.log"
 PODS = "pods"
 RESULTS = "results"

@@ -6,6 +6,7 @@ The client's errors become ours. Tokens stay with the client; no message repeats
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -13,28 +14,26 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import urllib3
-from kubernetes import client, watch
+from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
+from kfpytorch_ray.cluster.kube.collection import TIMEOUT_S, Collection
 from kfpytorch_ray.cluster.kube.connection import connection
 from kfpytorch_ray.cluster.kube.kinds import Kind
-from kfpytorch_ray.cluster.kube.refusals import GoneError, not_installed, refusal, unreachable
+from kfpytorch_ray.cluster.kube.refusals import ExpiredError, GoneError, not_installed, refusal, unreachable
 from kfpytorch_ray.errors import AuthenticationError, ClusterError, ClusterUnreachableError
 
 logger = logging.getLogger(__name__)
 
 Manifest = dict[str, Any]
 
-TIMEOUT_S = (10.0, 30.0)
-"""To connect, and for an answer."""
+WATCH_S = 30.0
+"""How long one watch lasts; the next goes on where it ended. So long a link that was cut may go unnoticed."""
 
-_WATCH_S = 60
-"""How long one watch lasts; the next goes on where it ended."""
+_ASK_S = 1.0
 
 _SILENCE_S = 300.0
 """After which a log that is followed is asked for anew: a link that was cut says nothing."""
-
-_GONE = 410
 
 T = TypeVar("T")
 
@@ -157,38 +156,42 @@ class Namespace:
         Raises:
             ClusterError: The cluster refuses, or cannot be reached.
         """
+        named = self.named(kind, name)
         deadline = _Deadline(timeout_s)
         while deadline.left() > 0:
             found = self.get(kind, name)
             yield found
             if found is None:
                 return
-            yield from self._watched(kind, name, found["metadata"]["resourceVersion"], deadline)
+            try:
+                with named.watch(found["metadata"]["resourceVersion"], min(WATCH_S, deadline.left())) as watch:
+                    for change in watch:
+                        if change.name:
+                            yield change.item
+                            if change.item is None:
+                                return
+            except (ExpiredError, ClusterUnreachableError) as error:
+                logger.debug("A watch broke: %s", error)
+            except AuthenticationError as error:
+                logger.debug("It may not be watched, so it is asked for again and again: %s", error)
+                time.sleep(_ASK_S)
 
-    def _watched(self, kind: Kind, name: str, version: str, deadline: _Deadline) -> Iterator[Manifest | None]:
-        seconds = max(1, min(_WATCH_S, int(deadline.left())))
-        stream = watch.Watch().stream(
+    def named(self, kind: Kind, name: str) -> Collection:
+        """What can be listed and watched: the resource of this name, or none."""
+        request = functools.partial(
             self._custom.list_namespaced_custom_object,
             kind.group,
             "v1",
             self.name,
             kind.plural,
             field_selector=f"metadata.name={name}",
-            resource_version=version,
-            timeout_seconds=seconds,
-            _request_timeout=(TIMEOUT_S[0], seconds + TIMEOUT_S[1]),
         )
-        try:
-            for event in stream:
-                if event["type"] == "DELETED":
-                    yield None
-                    return
-                yield event["object"]
-        except ApiException as error:
-            if error.status != _GONE:
-                raise self._told(error, f"watch the {kind.name} {name}", kind) from error
-        except urllib3.exceptions.HTTPError as error:
-            logger.debug("A watch broke: %s", error)
+        return Collection(f"the {kind.name} {name}", request, functools.partial(self._failed, kind=kind))
+
+    def pods_of(self, selector: str) -> Collection:
+        """What can be listed and watched: the pods that a label selector selects."""
+        request = functools.partial(self._core.list_namespaced_pod, self.name, label_selector=selector)
+        return Collection(f"the pods {selector}", request, self._failed, client.V1Pod)
 
     def pods(self, selector: str) -> list[Any]:
         """The pods that a label selector selects.
@@ -196,12 +199,8 @@ class Namespace:
         Raises:
             ClusterError: The cluster refuses to tell, or cannot be reached.
         """
-        return list(
-            self._ask(
-                "list pods",
-                lambda: self._core.list_namespaced_pod(self.name, label_selector=selector, _request_timeout=TIMEOUT_S),
-            ).items
-        )
+        found, _ = self.pods_of(selector).list()
+        return list(found.values())
 
     def warnings_of(self, names: set[str]) -> list[str]:
         """What events warn of that are about resources of these names, oldest first; empty where that may not be read.
@@ -264,10 +263,11 @@ class Namespace:
     def _ask(self, what: str, request: Callable[[], T], kind: Kind | None = None) -> T:
         try:
             return request()
-        except ApiException as error:
-            raise self._told(error, what, kind) from error
-        except urllib3.exceptions.HTTPError as error:
-            raise self._unreachable(error) from error
+        except (ApiException, urllib3.exceptions.HTTPError) as error:
+            raise self._failed(error, what, kind) from error
+
+    def _failed(self, error: Exception, what: str, kind: Kind | None = None) -> ClusterError:
+        return self._told(error, what, kind) if isinstance(error, ApiException) else self._unreachable(error)
 
     def _told(self, error: ApiException, what: str, kind: Kind | None = None) -> ClusterError:
         return refusal(error, what, self.server, self.name, kind)

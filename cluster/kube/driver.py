@@ -2,19 +2,30 @@
 
 The driver of every remote run, once the user's modules are unpacked; the last argument names their zip. Prints a mark
 first, from which on the log of whoever submitted it is this process's.
+
+Who submits it may do so again: after the head pod was lost, when another one is there. A run is over then, as it is for
+whoever follows it. On another cluster, after a queue took the first one back, it begins anew.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from kfpytorch_ray.cluster.kube import code
 from kfpytorch_ray.cluster.kube.pod_log import mark_of
 from kfpytorch_ray.cluster.remote import driver
-from kfpytorch_ray.errors import KfpytorchRayError
+from kfpytorch_ray.cluster.remote.outcome import write_failure
+from kfpytorch_ray.errors import KfpytorchRayError, RunLostError, explain
+from kfpytorch_ray.run import RunStatus
+from kfpytorch_ray.runs import DRIVER, MANIFEST, read_outcome
 from kfpytorch_ray.storage import Digest, Storage
+
+CLUSTER_VARIABLE = "RAY_CLUSTER_NAME"
+"""KubeRay sets it in the pods of a cluster."""
 
 
 def main(run_id: str, uri: str, packed: str = "") -> int:
@@ -25,18 +36,41 @@ def main(run_id: str, uri: str, packed: str = "") -> int:
     """
     sys.stdout.write(mark_of(run_id))
     sys.stdout.flush()
-    if not packed:
-        return driver.main(uri)
-    with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as folder:
-        working_dir = Path(folder, "code")
-        working_dir.mkdir()
-        sha256, _, size = packed.partition(":")
-        try:
-            code.receive(Storage(uri.partition("#")[0]), Digest(sha256, int(size)), working_dir)
-        except KfpytorchRayError as error:
-            sys.stderr.write(f"{error}\n")
-            return driver.EXIT_FAILED
-        return driver.main(uri, str(working_dir))
+    location = uri.partition("#")[0]
+    try:
+        exit_code = _begun_before(run_id, Storage(location))
+        if exit_code is not None:
+            return exit_code
+        if not packed:
+            return driver.main(uri)
+        with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as folder:
+            working_dir = Path(folder, "code")
+            working_dir.mkdir()
+            sha256, _, size = packed.partition(":")
+            code.receive(Storage(location), Digest(sha256, int(size)), working_dir)
+            return driver.main(uri, str(working_dir))
+    except KfpytorchRayError as error:
+        sys.stderr.write(f"{error}\n")
+        return driver.EXIT_FAILED
+
+
+def _begun_before(run_id: str, folder: Storage) -> int | None:
+    """Note that the run begins here; the exit code where it began before and is over."""
+    if (outcome := read_outcome(folder)) is not None:
+        sys.stderr.write(f"The run {run_id} is over already: it {outcome.state}.\n")
+        return 0 if outcome.state == RunStatus.SUCCEEDED.value else driver.EXIT_FAILED
+    here = os.environ.get(CLUSTER_VARIABLE, "").encode()
+    before = folder.read(DRIVER)
+    if before == here:
+        what = f"The head pod of the run {run_id} was lost, and its driver with it."
+        why = "It was evicted or killed, ran out of memory, or its node is gone; this is the head that replaces it."
+        lost = RunLostError(explain(what, why, "Launch it again."), time.time())
+        sys.stderr.write(f"{lost}\n")
+        write_failure(folder, lost)
+        return driver.EXIT_FAILED
+    if folder.read(MANIFEST) is not None:
+        folder.write(DRIVER, here)
+    return None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ class GoneError(ClusterError):
     """What was to be changed is not there."""
 
 
+class ExpiredError(ClusterError):
+    """The server does not remember the version any more from which a watch was to go on."""
+
+
 def refusal(error: ApiException, what: str, server: str, namespace: str, kind: Kind | None = None) -> ClusterError:
     """What the API server's refusal means.
 
@@ -60,6 +64,8 @@ def refusal(error: ApiException, what: str, server: str, namespace: str, kind: K
             return ClusterError(
                 explain(f"{where} could not {what}.", said, "A resource of this name is there: launch again.")
             )
+        case 410:
+            return ExpiredError(explain(f"{where} could not {what}.", said, "List again, and watch from there."))
         case 400 | 422:
             return ClusterError(
                 explain(

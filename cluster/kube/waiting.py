@@ -5,6 +5,7 @@ Why a pod does not come up stands nowhere in an operator's status, so pods and e
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -20,6 +21,9 @@ _HOPELESS = ("InvalidImageName", "CreateContainerConfigError")
 _HOPELESS_SOON = ("ErrImagePull", "ImagePullBackOff", "CrashLoopBackOff")
 """Likewise, but a registry, or what a container needs, may be away for a moment."""
 _PATIENCE_S = 120.0
+
+_EVENTS_S = 10.0
+"""How often events are listed, where nothing else says why: all of a namespace's."""
 
 
 class Waiting:
@@ -40,6 +44,8 @@ class Waiting:
         self._ready_timeout_s = ready_timeout_s
         self._options = options
         self._troubled_since: float | None = None
+        self._events: list[str] = []
+        self._events_at = -math.inf
 
     def suspended(self) -> JobState:
         """The state of a job that somebody holds back; its pods are not there."""
@@ -58,15 +64,23 @@ class Waiting:
             ClusterError: The cluster refuses to tell, or cannot be reached.
         """
         troubles = [trouble for pod in pods if (trouble := _trouble_of(pod)) is not None]
-        names = {self._run_id, beside, *(pod.metadata.name for pod in pods)}
-        events = [] if troubles else self._namespace.warnings_of(names - {None})
+        late = _age_s(job) > self._ready_timeout_s
+        names = {self._run_id, *filter(None, [beside]), *(pod.metadata.name for pod in pods)}
+        events = [] if troubles else self._warnings(names, now=late)
         ready = sum(pod.status.phase == "Running" for pod in pods)
         why = "; ".join([text for _, text in troubles[:3]] or events[-2:]) or (
             "the others start" if pods else "they are being made"
         )
         message = f"waits for its pods: {ready} of {len(pods)} run; {why}."
-        error = self._in_vain([reason for reason, _ in troubles], why) or self._too_late(job, message)
+        error = self._in_vain([reason for reason, _ in troubles], why) or (self._too_late(message) if late else None)
         return JobState(RunStatus.PENDING if error is None else RunStatus.LOST, message, error)
+
+    def _warnings(self, names: set[str], *, now: bool) -> list[str]:
+        """What events warn of; as of a moment ago unless it has to be as of now."""
+        if now or time.monotonic() - self._events_at > _EVENTS_S:
+            self._events = self._namespace.warnings_of(names)
+            self._events_at = time.monotonic()
+        return self._events
 
     def _in_vain(self, reasons: list[str], why: str) -> KfpytorchRayError | None:
         hopeless = any(reason in _HOPELESS for reason in reasons)
@@ -81,9 +95,7 @@ class Waiting:
         what = f"The pods of the run {self._run_id} cannot come up."
         return ClusterError(explain(what, why, f"Mend that. Look: {self._place}"))
 
-    def _too_late(self, job: Manifest, message: str) -> KfpytorchRayError | None:
-        if _age_s(job) <= self._ready_timeout_s:
-            return None
+    def _too_late(self, message: str) -> KfpytorchRayError:
         return PlacementTimeoutError(
             explain(
                 f"The run {self._run_id} has not begun within {self._ready_timeout_s:g} s.",
@@ -113,6 +125,6 @@ def _containers_of(pod: Any) -> Iterator[Any]:
 
 
 def _age_s(job: Manifest) -> float:
-    """By the API server's clock and ours: good to what clocks differ by."""
-    created = datetime.fromisoformat(job["metadata"]["creationTimestamp"].replace("Z", "+00:00"))
-    return (datetime.now(timezone.utc) - created).total_seconds()
+    """Since it was made, or released by a queue. By the API server's clock and ours: good to what clocks differ by."""
+    began = (job.get("status") or {}).get("startTime") or job["metadata"]["creationTimestamp"]
+    return (datetime.now(timezone.utc) - datetime.fromisoformat(began.replace("Z", "+00:00"))).total_seconds()

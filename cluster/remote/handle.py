@@ -45,7 +45,7 @@ _LOOK_S = 1.0
 """How often it is asked whether a run is over."""
 _STOP_WAIT_S = 120.0
 _SUBMITTING_S = 120.0
-"""How long a manifest may be there before its job is."""
+"""How long a manifest may be there before its job is, which was not seen yet."""
 _TAIL_LINES = 20
 
 _RANK = re.compile(r"\[rank (\d+)\] ")
@@ -70,6 +70,7 @@ class RemoteRun:
         self._folder = folder
         self._options = options
         self._find_job = job
+        self._seen = False
 
     def __repr__(self) -> str:
         return f"RemoteRun({self.run_id!r})"
@@ -94,8 +95,9 @@ class RemoteRun:
             return JobState(RunStatus(outcome.state))
         state = self._job.look()
         if state is None:
-            fresh = time.time() - self._manifest.created_at < _SUBMITTING_S
+            fresh = not self._seen and time.time() - self._manifest.created_at < _SUBMITTING_S
             return JobState(RunStatus.PENDING if fresh else RunStatus.LOST)
+        self._seen = True
         if state.status.ended and (outcome := read_outcome(self._folder)) is not None:
             # Written since it was looked for.
             return JobState(RunStatus(outcome.state))
@@ -227,9 +229,20 @@ class RemoteRun:
             RunPendingError: It has not ended within the timeout.
             ClusterUnreachableError: The cluster has not answered for ``reconnect_timeout_s``.
         """
+        with contextlib.ExitStack() as following:
+            followed = False
+            for state in self._states(timeout):
+                if state is not None and not followed:
+                    following.enter_context(self._job.followed())
+                    followed = True
+                yield
+
+    def _states(self, timeout: float | None) -> Iterator[JobState | None]:
+        """Its states until it has ended; None where it cannot be asked now."""
         began = heard_at = time.monotonic()
         told, waits_for = False, ""
         while True:
+            state = None
             try:
                 state = self._state()
                 if state.status.ended:
@@ -256,7 +269,7 @@ class RemoteRun:
                         f"Ask again later, or see what it does: {self.command('logs -f')}",
                     )
                 )
-            yield
+            yield state
 
     def _unreachable(self, error: ClusterUnreachableError | StorageError) -> ClusterUnreachableError:
         what = f"The run {self.run_id} cannot be followed any more, and has left no outcome."
@@ -270,18 +283,23 @@ class RemoteRun:
         )
 
     def _without_outcome(self) -> KfpytorchRayError:
-        """The error for a run that is over and has not said how."""
-        message, last_lines = "Its cluster does not know it any more", ""
+        """The error for a run that is over and has not said how; it is left as its outcome."""
+        state, last_lines = None, ""
         with contextlib.suppress(ClusterUnreachableError):
             state = self._job.look()
-            if state is not None:
-                if state.error is not None:
-                    self._give_up(state.error)
-                    return state.error
-                if state.status is RunStatus.STOPPED:
-                    return self._stopped("Its job was stopped.")
-                message = state.message
+            if state is not None and state.status is RunStatus.LOST and state.error is None:
                 last_lines = "\n".join(self._whole_log().splitlines()[-_TAIL_LINES:])
+        if state is None:
+            return self._lost("Its cluster does not know it any more")
+        if state.status is RunStatus.STOPPED:
+            error: KfpytorchRayError = self._stopped("Its job was stopped.")
+        else:
+            error = state.error or self._lost(state.message, last_lines)
+        if state.status.ended:
+            self._give_up(error)
+        return error
+
+    def _lost(self, message: str, last_lines: str = "") -> RunLostError:
         text = explain(
             f"The run {self.run_id} is over and has left no outcome.",
             f"{message.rstrip('.')}. Its driver was killed, could not start, or could not write to {self._folder.uri}.",
@@ -290,7 +308,7 @@ class RemoteRun:
         return RunLostError(f"{text}\n\nLast lines of its log:\n{last_lines}" if last_lines else text, time.time())
 
     def _give_up(self, error: KfpytorchRayError) -> None:
-        """End a job that can only wait in vain, and leave why."""
+        """Remove a job that is over, or can only wait in vain, and leave why."""
         with contextlib.suppress(KfpytorchRayError, TimeoutError):
             self._job.stop(_STOP_WAIT_S)
         write_failure(self._folder, error)

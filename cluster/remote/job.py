@@ -56,6 +56,10 @@ class ClusterJob(Protocol):
         """Where it stands; None if the cluster knows none of this name."""
         ...
 
+    def followed(self) -> AbstractContextManager[object]:
+        """Expect to be looked at again and again while this lasts. Asks the cluster for nothing by itself."""
+        ...
+
     def log(self) -> str:
         """What its driver has printed, as far as the cluster has it."""
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from kfpytorch_ray.cluster.remote.client import JobClient
 from kfpytorch_ray.cluster.remote.job import JobState
 from kfpytorch_ray.cluster.remote.tail import LogTail
@@ -42,6 +44,10 @@ class RayJob:
         status = _STATUS[job.status.value]
         said = next(iter((job.message or "").splitlines()), "")
         return JobState(status, f"Its Ray job is {job.status.value}: {said}" if status.ended else "")
+
+    def followed(self) -> contextlib.nullcontext[None]:
+        """It makes no difference: the job server tells what it is asked."""
+        return contextlib.nullcontext()
 
     def log(self) -> str:
         """What its driver has printed."""

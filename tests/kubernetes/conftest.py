@@ -1,7 +1,12 @@
 """A real Kubernetes API server, and doubles of what it lacks: a node, and KubeRay's operator.
 
-The control plane comes from a folder with the scripts ``up DIR``, which prints a kubeconfig's path, and ``down DIR``.
-$KFPYTORCH_RAY_KUBE names it; without one these tests are skipped.
+    make test-kubernetes                        starts one by the scripts in $KFPYTORCH_RAY_KUBE (make: KUBE=FOLDER)
+    make test-kubernetes KUBECONFIG=FILE        takes the current context of FILE: kind's, or a live cluster's
+    KFPYTORCH_RAY_TEST_KUBECONFIG=FILE pytest tests/kubernetes      the same
+
+The scripts are ``up DIR``, which prints a kubeconfig's path, and ``down DIR``. A shell's KUBECONFIG alone is not taken:
+it may lead to a cluster that nobody wants tests in. The tests need KubeRay's CRDs there and may create namespaces,
+which they delete. On a cluster with nodes, or with an operator, they are skipped that bring doubles of these.
 """
 
 from __future__ import annotations
@@ -10,27 +15,35 @@ import contextlib
 import itertools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from doubles.api import Api
+from doubles.front import Front
 from doubles.node import ROOT, Node
 from doubles.operator import KubeRayOperator
 from kubernetes import client, config
 
 from kfpytorch_ray.testing import unavailable, wait_until
 
+KUBECONFIG_VARIABLE = "KFPYTORCH_RAY_TEST_KUBECONFIG"
 _START_TIMEOUT_S = 1200.0  # the first time, it is built
+_OPERATORS = "app.kubernetes.io/name=kuberay-operator"
+STRANGER = "kfpytorch-ray-stranger"
+_PREFIX = f"kfr-test-{os.getpid()}-"
 _numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Path of the kubeconfig of an API server of these tests' own. Its contexts: admin, and nobody, who may nothing."""
+    """Path of the kubeconfig whose current context is the administrator of an API server for tests."""
+    if named := os.environ.get(KUBECONFIG_VARIABLE):
+        yield Path(named)
+        return
     scripts = Path(os.environ.get("KFPYTORCH_RAY_KUBE") or ROOT.parent / "shared" / "kube")
     if not (scripts / "up").is_file():
-        pytest.skip(f"no control plane: {scripts} has no up; set KFPYTORCH_RAY_KUBE")
+        pytest.skip(f"no control plane: {scripts} has no up; set KFPYTORCH_RAY_KUBE or {KUBECONFIG_VARIABLE}")
     folder = tmp_path_factory.mktemp("control-plane") / "k"
     output = folder.parent / "up.log"
     with open(output, "wb") as log:
@@ -50,39 +63,104 @@ def connection(control_plane: Path) -> Iterator[client.ApiClient]:
         yield made
 
 
-@pytest.fixture
-def api(connection: client.ApiClient) -> Api:
-    """Objects in plain dicts."""
-    return Api(connection)
+@pytest.fixture(scope="session")
+def api(connection: client.ApiClient) -> Iterator[Api]:
+    """Objects in plain dicts. At the end the tests' namespaces are gone."""
+    api = Api(connection)
+    yield api
+    if os.environ.get(KUBECONFIG_VARIABLE):
+        # An API server of our own goes with all that is there; a namespace takes seconds to.
+        wait_until(
+            lambda: not [one for one in api.find("namespaces") if one["metadata"]["name"].startswith(_PREFIX)],
+            "the tests' namespaces to go",
+        )
 
 
 @pytest.fixture
 def namespace(api: Api) -> Iterator[str]:
-    """A namespace of the test's own; it is gone, with all that is in it, when the test ends."""
-    name = f"test-{os.getpid()}-{next(_numbers)}"
+    """A namespace of the test's own, which is deleted with all that is in it when the test ends."""
+    with new_namespace(api) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def module_namespace(api: Api) -> Iterator[str]:
+    """A namespace for all tests of a module."""
+    with new_namespace(api) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def new_namespace(api: Api) -> Iterator[str]:
+    """A namespace; what is in it at the end is deleted, whoever has left it."""
+    name = f"{_PREFIX}{next(_numbers)}"
     api.create("namespaces", "", {"metadata": {"name": name}})
     yield name
     api.delete("namespaces", "", name)
-    # The double of the operator, which would take its finalizers away, has ended.
+    # The double of the operator, which would take its finalizers away, may have ended.
     for job in api.find("rayjobs", name):
         api.patch("rayjobs", name, job["metadata"]["name"], {"metadata": {"finalizers": None}})
     # Nor does a node confirm any more that Pods have ended.
     for pod in api.find("pods", name):
         api.delete("pods", name, pod["metadata"]["name"], gracePeriodSeconds=0)
-    wait_until(lambda: api.get("namespaces", "", name) is None, f"namespace {name} to go")
 
 
-@pytest.fixture
-def node(connection: client.ApiClient, namespace: str) -> Iterator[Node]:
-    """A node that runs the Pods of the test."""
+@pytest.fixture(scope="session")
+def no_operator(api: Api) -> None:
+    """Nobody acts on RayJobs: a test writes their status."""
+    if api.find("pods", labels=_OPERATORS):
+        pytest.skip("this cluster has KubeRay, which would write what the test writes")
+
+
+@pytest.fixture(scope="session")
+def no_node(api: Api) -> None:
+    """Nobody runs Pods."""
+    if nodes := api.find("nodes"):
+        pytest.skip(f"this cluster has nodes ({nodes[0]['metadata']['name']}, ...), so Pods do not run on this machine")
+
+
+@pytest.fixture(scope="module")
+def node(connection: client.ApiClient, no_node: None) -> Iterator[Node]:
+    """A node that runs the Pods of a module's tests."""
     if reason := unavailable():
         pytest.skip(reason)
     with Node(connection) as started:
         yield started
 
 
-@pytest.fixture
-def operator(connection: client.ApiClient, namespace: str, node: Node) -> Iterator[KubeRayOperator]:
-    """KubeRay's operator."""
+@pytest.fixture(scope="module")
+def operator(connection: client.ApiClient, no_operator: None, node: Node) -> Iterator[KubeRayOperator]:
+    """KubeRay's operator, for a module's tests."""
     with KubeRayOperator(connection) as started:
         yield started
+
+
+@pytest.fixture
+def front(connection: client.ApiClient) -> Iterator[Front]:
+    """Stands between a test's client and the API server."""
+    with Front(connection) as started:
+        yield started
+
+
+@pytest.fixture
+def stranger(connection: client.ApiClient, tmp_path: Path) -> Iterator[str]:
+    """The kubeconfig of somebody who may nothing but what a test allows the user ``STRANGER``."""
+    with Front(connection, STRANGER) as started:
+        yield started.kubeconfig(tmp_path / "stranger.yaml")
+
+
+@pytest.fixture
+def allow(api: Api, namespace: str) -> Callable[..., None]:
+    """Allow the stranger something in the test's namespace, by a Role."""
+
+    def allow(*rules: tuple[str, str, list[str]]) -> None:
+        role = [{"apiGroups": [group], "resources": [resource], "verbs": verbs} for group, resource, verbs in rules]
+        api.create("roles", namespace, {"metadata": {"name": STRANGER}, "rules": role})
+        binding = {
+            "metadata": {"name": STRANGER},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": STRANGER},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": STRANGER}],
+        }
+        api.create("rolebindings", namespace, binding)
+
+    return allow

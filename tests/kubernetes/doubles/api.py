@@ -14,7 +14,13 @@ Document = dict[str, Any]
 NOT_FOUND = 404
 CONFLICT = 409
 
-_GROUPS = {"jobs": "/apis/batch/v1", "rayjobs": "/apis/ray.io/v1", "rayclusters": "/apis/ray.io/v1"}
+_GROUPS = {
+    "jobs": "/apis/batch/v1",
+    "rayclusters": "/apis/ray.io/v1",
+    "rayjobs": "/apis/ray.io/v1",
+    "rolebindings": "/apis/rbac.authorization.k8s.io/v1",
+    "roles": "/apis/rbac.authorization.k8s.io/v1",
+}
 _TYPES = {"PATCH": "application/merge-patch+json"}
 _TIMEOUT_S = 30.0
 
