@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from ray.job_submission import JobSubmissionClient
+
 from kfpytorch_ray.testing import HeadCluster
 
 BIN = Path(sys.executable).parent
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 WORKFLOW = """
 from flytekit import task, workflow
@@ -96,32 +100,54 @@ def test_route_upstream_by_environment(project: Path, environment: dict[str, str
     assert "result: 6.5" in done.stdout
 
 
-@pytest.fixture
-def job_server() -> Iterator[str]:
-    """The job server of a cluster of two nodes."""
+@pytest.fixture(scope="module")
+def job_server() -> Iterator[HeadCluster]:
+    """A cluster of two nodes, the head among them."""
     variables = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     with HeadCluster(nodes=1, head_cpus=4, env=variables) as head:
-        yield head.address
+        yield head
 
 
-@pytest.mark.timeout(600)
-def test_submitted_job(project: Path, environment: dict[str, str], job_server: str) -> None:
-    """``ray job submit`` of a script, or of pyflyte, needs no option: modules travel to nodes, failures fail it."""
-    submit = [str(BIN / "ray"), "job", "submit", f"--address={job_server}", "--working-dir", str(project), "--"]
-    entrypoints = (["python", "flow.py"], ["pyflyte", "run", "flow.py", "wf"])
-    for entrypoint in entrypoints:
-        done = run([*submit, *entrypoint], project, environment)
-        assert "6.5" in done.stdout
-        assert done.returncode == 0
+def submit(
+    head: HeadCluster, working_dir: Path, environment: dict[str, str], *entrypoint: str
+) -> subprocess.CompletedProcess[str]:
+    """``ray job submit`` as a user types it, followed to its end."""
+    command = [str(BIN / "ray"), "job", "submit", f"--address={head.address}", "--working-dir", working_dir.name, "--"]
+    return run([*command, *entrypoint], working_dir.parent, environment)
 
+
+@pytest.mark.parametrize(
+    ("entrypoint", "promised"),
+    [
+        (["python", "train_script.py"], r"rank 3: .*'sum': 46"),
+        (["pyflyte", "run", "digits.py", "wf", "--epochs", "1"], r"accuracy"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_submitted_example(
+    job_server: HeadCluster, environment: dict[str, str], entrypoint: list[str], promised: str
+) -> None:
+    """``ray job submit --working-dir examples -- ...`` needs no option of ours."""
+    done = submit(job_server, EXAMPLES, environment, *entrypoint)
+    assert re.search(promised, done.stdout)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("entrypoint", [["python", "flow.py"], ["pyflyte", "run", "flow.py", "wf"]], ids=lambda e: e[0])
+def test_submitted_job_that_fails(
+    job_server: HeadCluster, project: Path, environment: dict[str, str], entrypoint: list[str]
+) -> None:
+    """A worker's error, from a module that travelled with the job, fails it, and is in the last lines of its log."""
     broken = HELPER.replace("dist.init_process_group", "raise LookupError('from the helper')  # ")
     (project / "helper.py").write_text(broken)
-    for entrypoint in entrypoints:
-        done = run([*submit, *entrypoint], project, environment)
-        said, _, status = done.stdout.partition("-" * 10)
-        # What Ray tells of a failed job are the last lines of its log.
-        assert "LookupError: from the helper" in "\n".join(said.splitlines()[-10:] + status.splitlines()), done.stdout
-        assert done.returncode != 0
+    done = submit(job_server, project, environment, *entrypoint)
+    assert done.returncode != 0
+    (job,) = [job for job in job_server.jobs() if f"'{job['submission_id']}'" in done.stdout]
+    assert job["status"] == "FAILED"
+    # Ray's message of a failed job is made of the last lines of its log.
+    assert "LookupError: from the helper" in job["message"]
+    log = JobSubmissionClient(job_server.address).get_job_logs(job["submission_id"])
+    assert "LookupError: from the helper" in "\n".join(log.splitlines()[-10:])
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
