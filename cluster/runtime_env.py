@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE
-from kfpytorch_ray.config import RayBackend, RayRunOptions
+from kfpytorch_ray.config import CallOptions, RayBackend, RayRunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def runtime_env_of(options: RayBackend) -> dict[str, Any]:
     return {**environment, "working_dir": folder, "excludes": list(options.excludes)} if folder else environment
 
 
-def working_dir_of(options: RayRunOptions) -> str:
+def working_dir_of(options: CallOptions) -> str:
     """The folder that is sent so that nodes find the user's modules; empty if none is."""
     # The job brings them already (ray job submit --working-dir).
     if "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
