@@ -64,8 +64,14 @@ def run_submitter(head: HeadCluster, attempt: Attempt) -> tuple[str, str]:
 def ended(head: HeadCluster, identifier: str) -> Any:
     """Wait for the end of a job; its details. Its log is shown when the test fails."""
     client = JobSubmissionClient(head.address)
-    wait_until(lambda: client.get_job_status(identifier).is_terminal(), f"{identifier} to end", DEADLINE_S)
-    print(client.get_job_logs(identifier))
+    try:
+        wait_until(lambda: client.get_job_status(identifier).is_terminal(), f"{identifier} to end", DEADLINE_S)
+    except TimeoutError:
+        # It would hold the nodes that the next test needs.
+        client.stop_job(identifier)
+        raise
+    finally:
+        print(client.get_job_logs(identifier))
     return client.get_job_info(identifier)
 
 

@@ -5,22 +5,32 @@ What is not tested here is what needs Flyte and KubeRay themselves: who creates 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from flyteidl.core import errors_pb2, execution_pb2
 from flytekit import map_task
+from flytekit.configuration import FastSerializationSettings, SerializationSettings
+from flytekit.constants import CopyFileDetection
+from flytekit.tools.fast_registration import FastPackageOptions, fast_package
 from in_image import on_ray
 from propeller import Attempt
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray_jobs import ended, run_submitter, submitted, succeeded
 
+from kfpytorch_ray.images import settings_for
 from kfpytorch_ray.testing import HeadCluster, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
 Attempts = Callable[..., Attempt]
+Registered = tuple[ModuleType, SerializationSettings | None]
+"""Tasks, and the settings with which they were registered."""
 
 
 def test_the_value_and_the_deck_arrive(head: HeadCluster, attempt: Attempts) -> None:
@@ -106,9 +116,91 @@ def test_a_map_passes_the_submitters_shells(head: HeadCluster, attempt: Attempts
     assert element.outputs() == {"o0": 201}
 
 
-def test_a_cancelled_job_stops_its_workers_in_order(head: HeadCluster, attempt: Attempts, tmp_path: Path) -> None:
-    """They have their grace, longer than Ray's own 3 s; nothing says success, and no process stays."""
-    one = attempt(on_ray.train_for_ever)
+FLOW = """
+from flytekit import task
+from in_image import training
+from in_image.on_ray import on_two_nodes
+from steps.sums import where_it_lies
+
+
+@task(**on_two_nodes())
+def train(base: int) -> dict[str, str]:
+    return where_it_lies(base)
+
+
+@task(**on_two_nodes())
+def train_for_ever(folder: str, goodbye_s: float) -> None:
+    training.train_for_ever(folder, goodbye_s)
+"""
+
+SUMS = """
+from pathlib import Path
+
+from in_image.training import sum_of_ranks
+
+
+def where_it_lies(base):
+    return {"sum": str(sum_of_ranks(base)), "module": __file__, "files": " ".join(sorted(
+        path.name for path in Path(__file__).parents[1].iterdir() if path.is_file()))}
+"""
+
+
+@pytest.fixture
+def in_the_image() -> Registered:
+    """Tasks that every pod has."""
+    return on_ray, None
+
+
+@pytest.fixture
+def in_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registered]:
+    """Tasks of a project that no image contains, registered as by ``pyflyte register --copy all``."""
+    project, image_folder, bucket = tmp_path / "project", tmp_path / "root", tmp_path / "bucket"
+    for folder in (project / "steps", image_folder, bucket):
+        folder.mkdir(parents=True)
+    (project / "flow_in_a_tar.py").write_text(FLOW)
+    (project / "steps" / "__init__.py").touch()
+    (project / "steps" / "sums.py").write_text(SUMS)
+    options = FastPackageOptions([], copy_style=CopyFileDetection.ALL)
+    tar = Path(fast_package(project, bucket, options=options))
+    monkeypatch.syspath_prepend(str(project))
+    flow = importlib.import_module("flow_in_a_tar")
+    settings = dataclasses.replace(
+        settings_for(flow.train),
+        fast_serialization_settings=FastSerializationSettings(
+            enabled=True, destination_dir=str(image_folder), distribution_location=tar.as_uri()
+        ),
+    )
+    yield flow, settings
+    for name in ("flow_in_a_tar", "steps", "steps.sums"):
+        sys.modules.pop(name, None)
+
+
+def test_code_of_fast_registration_reaches_every_node(
+    head: HeadCluster, attempt: Attempts, in_a_tar: Registered
+) -> None:
+    """Flyte unpacks it beside the driver only; workers import what the driver sent them, without the tar."""
+    flow, settings = in_a_tar
+    one = attempt(flow.train, settings)
+    one.write_inputs(base=10)
+    assert succeeded(ended(head, submitted(head, one)))
+    assert one.error() is None
+    outputs = one.outputs()
+    assert outputs is not None
+    assert outputs["o0"]["sum"] == "21"
+    assert "/working_dir_files/" in outputs["o0"]["module"]
+    assert outputs["o0"]["files"] == "flow_in_a_tar.py"
+
+
+@pytest.mark.parametrize("code", ["in_the_image", "in_a_tar"])
+def test_a_cancelled_job_stops_its_workers_in_order(
+    head: HeadCluster, attempt: Attempts, tmp_path: Path, code: str, request: pytest.FixtureRequest
+) -> None:
+    """They have their grace, longer than Ray's own 3 s; nothing says success, and no process stays.
+
+    From a tar the driver is asked twice: by Ray, and by flytekit's process above it, which Ray asks as well.
+    """
+    tasks, settings = request.getfixturevalue(code)
+    one = attempt(tasks.train_for_ever, settings)
     one.write_inputs(folder=str(tmp_path), goodbye_s=5.0)
     identifier = submitted(head, one)
     wait_until(lambda: len(list(tmp_path.glob("began-*"))) == 2, "both ranks to train")

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import flytekit
 from flytekit import Deck
@@ -43,14 +43,14 @@ def report(base: int) -> dict[str, str]:
 
 
 def resume(steps: int) -> int:
-    """Rank 0 writes a checkpoint of ``steps`` and the pod is lost; a later attempt returns what was written."""
+    """Rank 0 writes a checkpoint of ``steps``, and its node is lost; a later attempt returns what was written."""
+    if os.environ["RANK"] != "0":
+        return 0
     checkpoint = flytekit.current_context().checkpoint
     saved = checkpoint.read()
     if saved is not None:
         return int(saved)
-    if os.environ["RANK"] == "0":
-        checkpoint.write(str(steps).encode())
-    sum_of_ranks(0)
+    checkpoint.write(str(steps).encode())
     raise FlyteRecoverableException("the node is pre-empted")
 
 
@@ -79,8 +79,3 @@ def train_for_ever(folder: str, goodbye_s: float) -> NoReturn:
     Path(folder, f"began-{rank}").touch()
     while True:
         signal.pause()
-
-
-def returned(value: Any) -> Any:
-    """A task function that returns what it was given: on the master of a ``PyTorch`` job as on its workers."""
-    return value
