@@ -44,16 +44,15 @@ def run_pods(attempt: Attempt, image: Mapping[str, str], folder: Path) -> dict[s
     Args:
         attempt: Of a task of type ``pytorch``.
         image: Variables that the image sets.
-        folder: Each pod's working directory is in it.
+        folder: Each pod's working directory and temporary files are in it.
     """
     running = []
     for name, args, variables in _pods(pytorch_job(attempt.template, attempt.execution)):
         own = folder / name
-        own.mkdir()
+        (own / "tmp").mkdir(parents=True)
+        env = {**_clean(), "TMPDIR": str(own / "tmp"), **image, **variables}
         with (own / "log").open("wb") as log:
-            process = subprocess.Popen(
-                args, cwd=own, env={**_clean(), **image, **variables}, stdout=log, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(args, cwd=own, env=env, stdout=log, stderr=subprocess.STDOUT)
         running.append((name, process, own / "log"))
     ended = {}
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,12 +121,12 @@ FLOW = """
 from flytekit import task
 from in_image import training
 from in_image.on_ray import on_two_nodes
-from steps.sums import where_it_lies
+from steps.places import places_of_all_ranks
 
 
 @task(**on_two_nodes())
-def train(base: int) -> dict[str, str]:
-    return where_it_lies(base)
+def train() -> list[str]:
+    return places_of_all_ranks()
 
 
 @task(**on_two_nodes())
@@ -133,15 +134,15 @@ def train_for_ever(folder: str, goodbye_s: float) -> None:
     training.train_for_ever(folder, goodbye_s)
 """
 
-SUMS = """
+PLACES = """
 from pathlib import Path
 
-from in_image.training import sum_of_ranks
+from in_image.training import of_all_ranks
 
 
-def where_it_lies(base):
-    return {"sum": str(sum_of_ranks(base)), "module": __file__, "files": " ".join(sorted(
-        path.name for path in Path(__file__).parents[1].iterdir() if path.is_file()))}
+def places_of_all_ranks():
+    beside = {path.name for path in Path(__file__).parents[1].iterdir() if path.is_file()}
+    return of_all_ranks(" ".join([__file__, *beside]))
 """
 
 
@@ -159,7 +160,7 @@ def in_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
         folder.mkdir(parents=True)
     (project / "flow_in_a_tar.py").write_text(FLOW)
     (project / "steps" / "__init__.py").touch()
-    (project / "steps" / "sums.py").write_text(SUMS)
+    (project / "steps" / "places.py").write_text(PLACES)
     options = FastPackageOptions([], copy_style=CopyFileDetection.ALL)
     tar = Path(fast_package(project, bucket, options=options))
     monkeypatch.syspath_prepend(str(project))
@@ -171,7 +172,7 @@ def in_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
         ),
     )
     yield flow, settings
-    for name in ("flow_in_a_tar", "steps", "steps.sums"):
+    for name in ("flow_in_a_tar", "steps", "steps.places"):
         sys.modules.pop(name, None)
 
 
@@ -181,14 +182,14 @@ def test_code_of_fast_registration_reaches_every_node(
     """Flyte unpacks it beside the driver only; workers import what the driver sent them, without the tar."""
     flow, settings = in_a_tar
     one = attempt(flow.train, settings)
-    one.write_inputs(base=10)
+    one.write_inputs()
     assert succeeded(ended(head, submitted(head, one)))
     assert one.error() is None
     outputs = one.outputs()
     assert outputs is not None
-    assert outputs["o0"]["sum"] == "21"
-    assert "/working_dir_files/" in outputs["o0"]["module"]
-    assert outputs["o0"]["files"] == "flow_in_a_tar.py"
+    assert len(outputs["o0"]) == 2
+    for place in outputs["o0"]:
+        assert re.fullmatch(r".*/working_dir_files/\w+/steps/places.py flow_in_a_tar.py", place)
 
 
 @pytest.mark.parametrize("code", ["in_the_image", "in_a_tar"])

@@ -28,6 +28,17 @@ def sum_of_ranks(base: int) -> int:
     return int(total.item())
 
 
+def of_all_ranks(value: str) -> list[str]:
+    """What each rank gives, by rank; every one of them takes part."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    values = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    dist.destroy_process_group()
+    return values
+
+
 def report(base: int) -> dict[str, str]:
     """The sum, and what a rank sees of Flyte."""
     context = flytekit.current_context()
