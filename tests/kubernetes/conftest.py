@@ -25,6 +25,7 @@ from doubles.node import ROOT, Node
 from doubles.operator import KubeRayOperator
 from kubernetes import client, config
 
+from kfpytorch_ray import KubeRayBackend
 from kfpytorch_ray.testing import unavailable, wait_until
 
 KUBECONFIG_VARIABLE = "KFPYTORCH_RAY_TEST_KUBECONFIG"
@@ -164,3 +165,23 @@ def allow(api: Api, namespace: str) -> Callable[..., None]:
         api.create("rolebindings", namespace, binding)
 
     return allow
+
+
+@pytest.fixture(autouse=True)
+def no_flyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is on a user's machine."""
+    for variable in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "FLYTE_INTERNAL_EXECUTION_ID", "KUBECONFIG", "RAY_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def backend(control_plane: Path, namespace: str, tmp_path: Path) -> KubeRayBackend:
+    """Where tests create RayJobs that nobody runs; no folder is sent."""
+    return KubeRayBackend(
+        image="registry.example/train:1",
+        namespace=namespace,
+        kubeconfig=str(control_plane),
+        storage=str(tmp_path / "storage"),
+        working_dir="",
+        reconnect_timeout_s=5.0,
+    )

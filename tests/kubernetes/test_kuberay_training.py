@@ -50,8 +50,6 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Module
     (folder / "training_on_kuberay.py").write_text(TRAINING)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(folder)
-    for variable in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "FLYTE_INTERNAL_EXECUTION_ID", "KUBECONFIG", "RAY_ADDRESS"):
-        monkeypatch.delenv(variable, raising=False)
     yield importlib.import_module("training_on_kuberay")
     del sys.modules["training_on_kuberay"]
 

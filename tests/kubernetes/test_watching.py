@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,6 @@ pytestmark = [
 
 JOB = "watched"
 PODS = "app=watched"
-
-
-@pytest.fixture(autouse=True)
-def no_flyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is on a user's machine."""
-    for variable in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "FLYTE_INTERNAL_EXECUTION_ID", "KUBECONFIG"):
-        monkeypatch.delenv(variable, raising=False)
 
 
 def reached(namespace: str, kubeconfig: str) -> Namespace:
@@ -230,18 +224,12 @@ def train(x: int) -> int:
 
 
 @pytest.fixture
-def start(namespace: str, tmp_path: Path) -> Callable[[str], Run]:
+def start(backend: KubeRayBackend) -> Callable[[str], Run]:
     """Creates a RayJob by a kubeconfig."""
 
     def start(kubeconfig: str) -> Run:
-        backend = KubeRayBackend(
-            image="registry.example/train:1",
-            namespace=namespace,
-            kubeconfig=kubeconfig,
-            storage=str(tmp_path / "storage"),
-            working_dir="",
-        )
-        return launch(train, 1, elastic=Elastic(2, backend=backend), wait=False)
+        there = replace(backend, kubeconfig=kubeconfig)
+        return launch(train, 1, elastic=Elastic(2, backend=there), wait=False)
 
     return start
 
