@@ -12,11 +12,16 @@ which they delete. On a cluster with nodes, or with an operator, they are skippe
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from doubles.api import Api
@@ -185,3 +190,28 @@ def backend(control_plane: Path, namespace: str, tmp_path: Path) -> KubeRayBacke
         working_dir="",
         reconnect_timeout_s=5.0,
     )
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[str]:
+    """A folder that this process and the Pods see: each of them has a /tmp of its own."""
+    with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-test-", dir="/var/tmp") as folder:
+        yield folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which is sent."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("kuberay_trainings.py"), folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def trainings(project: Path) -> Iterator[ModuleType]:
+    """A user's module in it."""
+    yield importlib.import_module("kuberay_trainings")
+    del sys.modules["kuberay_trainings"]
