@@ -170,6 +170,7 @@ class KubeRayAdapter:
         if os.environ.get(REMOTE_EXECUTION_VARIABLE):
             raise BackendUnavailableError(_no_cluster(plan.name))
         require_package("ray", "ray", INSTALL)
+        from kfpytorch_ray.cluster.kube.existing import may_grow
         from kfpytorch_ray.cluster.kube.submission import look, namespace_of, submit
 
         options = self._options
@@ -181,7 +182,7 @@ class KubeRayAdapter:
         draft = _draft(plan.config, options, plan.arguments, run.run_id, "python")
         destination = look(options, draft, namespace, storage)
         request = RayAdapter(self._outside_options(plan)).build(relocated(plan, storage, run.run_id))
-        inside = replace(inside_options(options), working_dir="", autoscaling=options.cluster is None)
+        inside = replace(inside_options(options), working_dir="", autoscaling=may_grow(namespace, options.cluster))
         return submit(request, inside, run, draft, options, destination)
 
     def _outside_options(self, plan: LaunchPlan) -> RayBackend:

@@ -133,10 +133,13 @@ if __name__ == "__main__":
 
 
 class Shell:
-    """Where a person works: in the project's folder, with KUBECONFIG and the storage in the environment."""
+    """Where a person works: above the folder of what is launched, with cluster and storage in the environment."""
 
     def __init__(self, project: Path, backend: KubeRayBackend) -> None:
-        (project / "work.py").write_text(WORK.format(namespace=backend.namespace, cluster=backend.cluster))
+        jobs = project / "jobs"
+        jobs.mkdir()
+        (project / "kuberay_trainings.py").rename(jobs / "kuberay_trainings.py")
+        (jobs / "work.py").write_text(WORK.format(namespace=backend.namespace, cluster=backend.cluster))
         self._project = project
         self._environment = {
             **os.environ,
@@ -180,7 +183,7 @@ def test_a_run_from_begin_to_end_by_the_command_line(
     api: Api, namespace: str, shell: Shell, shared_folder: str
 ) -> None:
     """Launched by one process, looked at, followed and taken by others, which find the cluster by the run."""
-    run = shell.command("run", "work.py:work", "--arg", f"folder={shared_folder}", "--detach").strip()
+    run = shell.command("run", "jobs/work.py:work", "--arg", f"folder={shared_folder}", "--detach").strip()
     wait_for_training(shared_folder)
     told = json.loads(shell.command("status", run, "--json"))
     assert (told["status"], told["backend"], told["address"]) == ("running", "kuberay", f"{namespace}@")
@@ -198,7 +201,7 @@ def test_a_run_from_begin_to_end_by_the_command_line(
 
 def test_a_run_is_cancelled_by_the_command_line(api: Api, namespace: str, shell: Shell, shared_folder: str) -> None:
     """It is over when the command is, and its RayJob gone; its ranks had time to end."""
-    run = shell.command("run", "work.py:work", "--arg", f"folder={shared_folder}", "--detach").strip()
+    run = shell.command("run", "jobs/work.py:work", "--arg", f"folder={shared_folder}", "--detach").strip()
     wait_for_training(shared_folder)
     assert shell.command("cancel", run) == "stopped\n"
     assert not api.find("rayjobs", namespace)
@@ -210,7 +213,7 @@ def test_a_run_outlives_who_launched_it(
     api: Api, namespace: str, backend: KubeRayBackend, shell: Shell, shared_folder: str
 ) -> None:
     """SIGKILL; it is found again by its id, and when its result was taken nothing is left."""
-    launching = shell.start("work.py", shared_folder)
+    launching = shell.start("jobs/work.py", shared_folder)
     wait_for_training(shared_folder)
     launching.kill()
     launching.communicate()
@@ -225,7 +228,7 @@ def test_a_run_outlives_who_launched_it(
 
 def test_an_interrupted_launch_leaves_nothing(api: Api, namespace: str, shell: Shell, shared_folder: str) -> None:
     """Ctrl-C where there is no terminal to ask: the run is stopped, and its RayJob is gone when the process is."""
-    launching = shell.start("work.py", shared_folder)
+    launching = shell.start("jobs/work.py", shared_folder)
     wait_for_training(shared_folder)
     launching.send_signal(signal.SIGINT)
     _, errors = launching.communicate(timeout=LONG_S)

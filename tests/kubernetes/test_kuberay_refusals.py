@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from kfpytorch_ray import (
 )
 from kfpytorch_ray.errors import AuthenticationError, ClusterError, ClusterUnreachableError
 from kfpytorch_ray.run import Run
+from kfpytorch_ray.runs import REQUEST, run_folder, storage_of
 from kfpytorch_ray.testing import wait_until
 
 pytestmark = [
@@ -89,6 +91,24 @@ def test_what_is_created_is_what_is_rendered(api: Api, namespace: str, backend: 
     assert {pod["serviceAccountName"], cluster["headGroupSpec"]["template"]["spec"]["serviceAccountName"]} == {"robot"}
     run.cancel()
     assert not api.find("rayjobs", namespace)
+
+
+@pytest.mark.parametrize("autoscales", [True, False])
+def test_a_cluster_that_is_there_grows_if_it_does(
+    api: Api, namespace: str, backend: KubeRayBackend, autoscales: bool
+) -> None:
+    """The driver waits for nodes that may come, and refuses at once what can never be where none will."""
+    head = {"rayStartParams": {}, "template": {"spec": {"containers": [{"name": "ray-head", "image": "i"}]}}}
+    spec = {"headGroupSpec": head, "enableInTreeAutoscaling": autoscales}
+    cluster = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "mine"}, "spec": spec}
+    api.create("rayclusters", namespace, cluster)
+    run = started(replace(backend, cluster="mine"))
+    assert job_of(api, namespace)["spec"]["clusterSelector"] == {"ray.io/cluster": "mine"}
+    request = run_folder(storage_of(backend.storage), run.run_id).read(REQUEST)
+    assert request is not None
+    _, inside = pickle.loads(request)
+    assert inside.autoscaling is autoscales
+    run.cancel()
 
 
 def wrong_context(backend: KubeRayBackend) -> KubeRayBackend:

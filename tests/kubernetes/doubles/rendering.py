@@ -1,8 +1,8 @@
 """The Pods, Service and Job that KubeRay makes of a RayCluster and a RayJob: pure, from documents to documents.
 
 Follows KubeRay 1.7.0: ray-operator/controllers/ray/common/pod.go, service.go and job.go. What differs: no DNS here, so
-that addresses are the head Pod's; of the probes those for readiness, and more often; workers wait for the head's port rather than for `ray health-check`; the
-head keeps Ray's monitor also with autoscaling, which is not in a sidecar here.
+that addresses are the head Pod's; of the probes only those of readiness; workers wait for the head's port rather than
+for `ray health-check`; the head keeps Ray's monitor also with autoscaling, which is not in a sidecar here.
 """
 
 from __future__ import annotations
