@@ -10,8 +10,6 @@ from kubernetes.config.config_exception import ConfigException
 
 from kfpytorch_ray.errors import ConfigError, explain
 
-_RETRIES = 1
-"""Of a request, by urllib3: for a connection that was kept too long. It would try a link that was cut three times."""
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -53,7 +51,8 @@ def connection(context: str | None, kubeconfig: str | None) -> tuple[client.ApiC
 
 def _settings() -> client.Configuration:
     settings = client.Configuration()
-    settings.retries = _RETRIES
+    # Whoever follows a run tries again; urllib3 would do so three times before, and say so on standard error.
+    settings.retries = False
     return settings
 
 

@@ -103,8 +103,9 @@ def new_namespace(api: Api) -> Iterator[str]:
     api.create("namespaces", "", {"metadata": {"name": name}})
     yield name
     api.delete("namespaces", "", name)
-    # The double of the operator, which would take its finalizers away, may have ended.
+    # The double of the operator gives no finalizer to what is being deleted, and may end before it takes them away.
     for job in api.find("rayjobs", name):
+        api.delete("rayjobs", name, job["metadata"]["name"])
         api.patch("rayjobs", name, job["metadata"]["name"], {"metadata": {"finalizers": None}})
     # Nor does a node confirm any more that Pods have ended.
     for pod in api.find("pods", name):

@@ -71,7 +71,7 @@ def test_what_is_created_is_what_is_rendered(api: Api, namespace: str, backend: 
         annotations={"note": "x"},
         service_account="robot",
         worker_pod_template=worker,
-        spec={"rayClusterSpec": {"autoscalerOptions": {"version": "v2"}}},
+        spec={"rayClusterSpec": {"autoscalerOptions": {"upscalingMode": "Conservative"}}},
     )
     run = started(mine, "2:3")
     job = job_of(api, namespace)
@@ -81,7 +81,7 @@ def test_what_is_created_is_what_is_rendered(api: Api, namespace: str, backend: 
     spec = job["spec"]
     assert spec["entrypoint"].startswith(f"python -m kfpytorch_ray.cluster.kube.driver {run.run_id} ")
     cluster = spec["rayClusterSpec"]
-    assert cluster["autoscalerOptions"]["version"] == "v2"
+    assert cluster["autoscalerOptions"]["upscalingMode"] == "Conservative"
     (group,) = cluster["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 3)
     pod = group["template"]["spec"]
