@@ -1,7 +1,8 @@
 """What gets lost between a task on the kubeflow backend and its PyTorchJob, and what is wrong with the options.
 
-What Flyte loses is lost with upstream's plugin, too, and nothing of it is refused: this backend is a drop-in. ``render``
-lists it. Read in Flyte's source at v1.16.8 (kfoperators/common/common_operator.go, kfoperators/pytorch/pytorch.go). Pure.
+What Flyte loses is lost with upstream's plugin, too, and nothing of it is refused: this backend is a drop-in.
+``render`` lists it. Read in Flyte's source at v1.16.8 (kfoperators/common/common_operator.go and
+kfoperators/pytorch/pytorch.go). Pure.
 """
 
 from __future__ import annotations

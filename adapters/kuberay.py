@@ -171,6 +171,7 @@ class KubeRayAdapter:
             raise BackendUnavailableError(_no_cluster(plan.name))
         require_package("ray", "ray", INSTALL)
         from kfpytorch_ray.cluster.kube.entrypoint import entrypoint
+        from kfpytorch_ray.cluster.kube.existing import may_grow
         from kfpytorch_ray.cluster.kube.kinds import RAY_JOB
         from kfpytorch_ray.cluster.kube.kuberay_job import KubeRayJob
         from kfpytorch_ray.cluster.kube.preflight import check_ray_job
@@ -186,7 +187,7 @@ class KubeRayAdapter:
         to = destination(options, namespace, storage)
         check_ray_job(options, draft, namespace)
         request = RayAdapter(self._outside_options(plan)).build(relocated(plan, storage, run.run_id))
-        inside = replace(inside_options(options), working_dir="", autoscaling=options.cluster is None)
+        inside = replace(inside_options(options), working_dir="", autoscaling=may_grow(namespace, options.cluster))
 
         def render(folder: str, sha256: str, packed: Digest | None) -> dict[str, Any]:
             command = entrypoint(run.run_id, folder, sha256, packed)
