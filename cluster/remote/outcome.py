@@ -17,7 +17,15 @@ from pathlib import Path
 from kfpytorch_ray.cluster.causes import failures, root_cause
 from kfpytorch_ray.cluster.failures import rebuilt_exception
 from kfpytorch_ray.cluster.spool import map_spooled
-from kfpytorch_ray.errors import KfpytorchRayError, LaunchError, ResultError, RunStoppedError, WorkerFailedError
+from kfpytorch_ray.errors import (
+    KfpytorchRayError,
+    LaunchError,
+    ResultError,
+    RunStoppedError,
+    StorageError,
+    WorkerFailedError,
+    explain,
+)
 from kfpytorch_ray.results import ElasticWorkerResult, RoundRecord
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import OUTCOME, OUTCOME_RECORD, RESULTS, Outcome
@@ -76,6 +84,13 @@ class Downloads:
     def __init__(self, folder: Storage, outcome: Outcome) -> None:
         self._folder = folder
         self._outcome = outcome
+        self._fetched: set[int] = set()
+        self._failed: set[int] = set()
+
+    @property
+    def taken(self) -> bool:
+        """Whether something was fetched, and everything that was asked for has arrived."""
+        return bool(self._fetched) and not self._failed
 
     def __call__(self, rank: int) -> ElasticWorkerResult:
         """The result of a rank.
@@ -85,13 +100,19 @@ class Downloads:
             IntegrityError: It is not what was written.
             ResultError: It cannot be unpickled in this process.
         """
-        digest = self._outcome.result_digest(rank)
+        self._failed.add(rank)
+        result = self._fetch(rank, self._outcome.result_digest(rank))
+        self._failed.remove(rank)
+        self._fetched.add(rank)
+        return result
+
+    def _fetch(self, rank: int, digest: Digest) -> ElasticWorkerResult:
         if digest == NOTHING:
             return ElasticWorkerResult(None, [], None)
         # With it comes torch, which neither a driver nor a look at a run needs.
         from kfpytorch_ray.cluster.pickling import rebuilt_result
 
-        with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as folder:
+        with _folder_for_results() as folder:
             path = Path(folder, "result")
             self._folder.download(result_name(rank), path, digest)
             # The memory that is mapped outlives the file, and becomes the value's own: it is there once.
@@ -122,6 +143,19 @@ def write_outcome(
         results=results,
     )
     folder.write(OUTCOME, outcome.to_json())
+
+
+def _folder_for_results() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="kfpytorch-ray-")
+    except OSError as error:
+        raise StorageError(
+            explain(
+                "There is no folder here for the results to arrive in.",
+                f"{type(error).__name__}: {error}",
+                "Name one with room for the largest result by the variable TMPDIR. The results are still in the storage.",
+            )
+        ) from error
 
 
 def result_name(rank: int) -> str:
