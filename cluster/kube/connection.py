@@ -26,7 +26,8 @@ def connection(context: str | None, kubeconfig: str | None) -> tuple[client.ApiC
     try:
         contexts, current = config.list_kube_config_contexts(config_file=kubeconfig)
         chosen = next((one for one in contexts if one["name"] == context), None) if context else current
-        api = config.new_client_from_config(config_file=kubeconfig, context=context)
+        settings = _settings()
+        config.load_kube_config(config_file=kubeconfig, context=context, client_configuration=settings)
     except (ConfigException, OSError, TypeError) as error:
         if context is None and kubeconfig is None:
             with contextlib.suppress(ConfigException):
@@ -45,10 +46,17 @@ def connection(context: str | None, kubeconfig: str | None) -> tuple[client.ApiC
                 ),
             ),
         ) from error
-    return api, ((chosen or {}).get("context") or {}).get("namespace")
+    return client.ApiClient(settings), ((chosen or {}).get("context") or {}).get("namespace")
+
+
+def _settings() -> client.Configuration:
+    settings = client.Configuration()
+    # Whoever follows a run tries again; urllib3 would do so three times before, and say so on standard error.
+    settings.retries = False
+    return settings
 
 
 def _in_cluster() -> tuple[client.ApiClient, str | None]:
-    settings = client.Configuration()
+    settings = _settings()
     config.load_incluster_config(client_configuration=settings)
     return client.ApiClient(settings), _OWN_NAMESPACE.read_text().strip()

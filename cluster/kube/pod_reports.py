@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kfpytorch_ray.cluster.causes import failures
+from kfpytorch_ray.cluster.causes import failures, may_miss_a_peer, root_cause
 from kfpytorch_ray.cluster.failures import worker_error
 from kfpytorch_ray.cluster.policy import Reason
 from kfpytorch_ray.cluster.remote.outcome import Record, write_failure, write_outcome
@@ -130,6 +130,17 @@ def settle_failure(run: Storage, name: str) -> bool:
         error.__cause__ = None
     write_failure(run, error)
     return True
+
+
+def better_may_come(run: Storage) -> bool:
+    """Whether what pods have said so far is no more than that another one is gone.
+
+    Raises:
+        StorageError: The storage cannot be read.
+    """
+    found = [record for said, record in _reports(run) if said.state == RunStatus.FAILED.value]
+    causes = [root_cause(record.rounds[-1]) for record in found if record.rounds and failures(record.rounds[-1])]
+    return all(may_miss_a_peer(cause) for cause in causes) and len(causes) == len(found)
 
 
 def merged(rounds: Sequence[RoundRecord]) -> RoundRecord:

@@ -12,7 +12,7 @@ from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.cli.options import headers, overlaid
 from kfpytorch_ray.cli.targets import Target
 from kfpytorch_ray.cli.travel import working_dir_for
-from kfpytorch_ray.config import Elastic, RayBackend
+from kfpytorch_ray.config import Elastic, KubeRayBackend, RayBackend
 from kfpytorch_ray.errors import ConfigError
 
 DEFAULT_BACKEND = RayBackend.name
@@ -51,15 +51,19 @@ def elastic_of(target: Target, wanted: Wanted) -> Elastic:
         options["headers"] = {**getattr(before, "headers", {}), **found}
     if wanted.env:
         options["env"] = {**getattr(before, "env", {}), **wanted.env}
-    if (
-        choice.name == RayBackend.name
-        and options.get("working_dir") is None
-        and not getattr(before, "working_dir", None)
-    ):
-        address = options.get("address") or getattr(before, "address", None)
-        if (folder := working_dir_for(target, address)) is not None:
-            options["working_dir"] = folder
+    unnamed = options.get("working_dir") is None and getattr(before, "working_dir", None) is None
+    if unnamed and (folder := _working_dir(target, choice, options)) is not None:
+        options["working_dir"] = folder
     return replace(base, **wanted.elastic, backend=overlaid(choice.name, before, options) or choice.name)
+
+
+def _working_dir(target: Target, choice: BackendChoice, options: Mapping[str, Any]) -> str | None:
+    if choice.name == RayBackend.name:
+        return working_dir_for(target, options.get("address") or getattr(choice.options, "address", None))
+    if choice.name == KubeRayBackend.name:
+        # Always elsewhere.
+        return working_dir_for(target, choice.name)
+    return None
 
 
 def _base(target: Target) -> Elastic:

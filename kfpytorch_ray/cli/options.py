@@ -110,10 +110,9 @@ class Reach:
             ConfigError: The backend has no such options; or as ``given``.
         """
         given = self.given()
-        # Headers of the environment may be meant for another backend's clusters.
-        asked = {name: value for name, value in given.items() if name != "headers"}
-        if not given or (backend not in OPTIONS_CLASSES and not asked):
-            return None
+        if backend != RayBackend.name:
+            # Those of the environment are meant for Ray's job servers.
+            given.pop("headers", None)
         return overlaid(backend, None, given)
 
 

@@ -19,10 +19,11 @@ def working_dir_for(target: Target, address: str | None) -> str | None:
 
     Args:
         target: What is launched.
-        address: Of the Ray, where one is named. A Ray on this machine alone needs nothing.
+        address: Of the Ray, where one is named, or whatever says that it is elsewhere. One on this machine alone needs
+            nothing.
 
     Returns:
-        What ``RayBackend(working_dir=...)`` takes; None leaves it to the backend.
+        What the backend's ``working_dir`` takes; None leaves it to the backend.
     """
     if target.root is None or (address or os.environ.get("RAY_ADDRESS") or "local") == "local":
         return None

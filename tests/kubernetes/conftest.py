@@ -12,11 +12,16 @@ which they delete. On a cluster with nodes, or with an operator, they are skippe
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from doubles.api import Api
@@ -25,6 +30,7 @@ from doubles.node import ROOT, Node
 from doubles.operator import KubeRayOperator
 from kubernetes import client, config
 
+from kfpytorch_ray import KubeRayBackend
 from kfpytorch_ray.testing import unavailable, wait_until
 
 KUBECONFIG_VARIABLE = "KFPYTORCH_RAY_TEST_KUBECONFIG"
@@ -97,8 +103,9 @@ def new_namespace(api: Api) -> Iterator[str]:
     api.create("namespaces", "", {"metadata": {"name": name}})
     yield name
     api.delete("namespaces", "", name)
-    # The double of the operator, which would take its finalizers away, may have ended.
+    # The double of the operator gives no finalizer to what is being deleted, and may end before it takes them away.
     for job in api.find("rayjobs", name):
+        api.delete("rayjobs", name, job["metadata"]["name"])
         api.patch("rayjobs", name, job["metadata"]["name"], {"metadata": {"finalizers": None}})
     # Nor does a node confirm any more that Pods have ended.
     for pod in api.find("pods", name):
@@ -164,3 +171,48 @@ def allow(api: Api, namespace: str) -> Callable[..., None]:
         api.create("rolebindings", namespace, binding)
 
     return allow
+
+
+@pytest.fixture(autouse=True)
+def no_flyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is on a user's machine."""
+    for variable in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "FLYTE_INTERNAL_EXECUTION_ID", "KUBECONFIG", "RAY_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def backend(control_plane: Path, namespace: str, tmp_path: Path) -> KubeRayBackend:
+    """Where tests create RayJobs that nobody runs; no folder is sent."""
+    return KubeRayBackend(
+        image="registry.example/train:1",
+        namespace=namespace,
+        kubeconfig=str(control_plane),
+        storage=str(tmp_path / "storage"),
+        working_dir="",
+        reconnect_timeout_s=5.0,
+    )
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[str]:
+    """A folder that this process and the Pods see: each of them has a /tmp of its own."""
+    with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-test-", dir="/var/tmp") as folder:
+        yield folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which is sent."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("kuberay_trainings.py"), folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def trainings(project: Path) -> Iterator[ModuleType]:
+    """A user's module in it."""
+    yield importlib.import_module("kuberay_trainings")
+    del sys.modules["kuberay_trainings"]

@@ -1,40 +1,42 @@
-"""KubeRay without Flyte on a real API server: what is created, how its status is read, what every refusal says.
+"""KubeRay without Flyte on a real API server: how the status of a RayJob is read, and what becomes of the run.
 
 Nobody acts on the RayJobs here: each test writes the status that KubeRay would write.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
+import pickle
 import threading
-from collections.abc import Callable, Iterator
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from doubles.api import Api, Document
-from flytekit import PodTemplate, Resources
-from kubernetes.client import V1Container, V1PodSpec, V1Toleration
+from doubles.api import Api, Document, now
 
 from kfpytorch_ray import (
-    ConfigError,
     Elastic,
     KubeRayBackend,
     RunLostError,
+    RunPendingError,
     RunStatus,
     RunStoppedError,
     attach,
     launch,
 )
-from kfpytorch_ray.cluster.kube import kuberay_job
-from kfpytorch_ray.errors import AuthenticationError, ClusterError, ClusterUnreachableError, PlacementTimeoutError
+from kfpytorch_ray.cluster.kube import waiting as patience
+from kfpytorch_ray.cluster.remote.outcome import Record
+from kfpytorch_ray.errors import ClusterError, PlacementTimeoutError
 from kfpytorch_ray.run import Run
+from kfpytorch_ray.runs import OUTCOME, OUTCOME_RECORD, Outcome
+from kfpytorch_ray.storage import Storage
 from kfpytorch_ray.testing import wait_until
 
 pytestmark = [
     pytest.mark.timeout(300),
+    pytest.mark.usefixtures("no_operator"),
     # The control plane of tests has no certificate that anybody has signed.
     pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning"),
 ]
@@ -42,30 +44,6 @@ pytestmark = [
 
 def train(x: int) -> int:
     return x
-
-
-@pytest.fixture(autouse=True)
-def no_flyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is on a user's machine."""
-    for variable in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "FLYTE_INTERNAL_EXECUTION_ID", "KUBECONFIG"):
-        monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
-def backend(control_plane: Path, namespace: str, tmp_path: Path) -> KubeRayBackend:
-    """Where the tests' RayJobs are created; no folder is sent."""
-    return KubeRayBackend(
-        image="registry.example/train:1",
-        namespace=namespace,
-        kubeconfig=str(control_plane),
-        storage=str(tmp_path / "storage"),
-        working_dir="",
-        reconnect_timeout_s=5.0,
-    )
-
-
-def changed(backend: KubeRayBackend, **options: Any) -> KubeRayBackend:
-    return KubeRayBackend(**{**vars(backend), **options})
 
 
 def started(backend: KubeRayBackend, nnodes: int | str = 2) -> Run:
@@ -79,52 +57,6 @@ def write_status(api: Api, namespace: str, run: Run, **status: Any) -> None:
 def job_of(api: Api, namespace: str) -> Document:
     (found,) = api.find("rayjobs", namespace)
     return found
-
-
-@contextlib.contextmanager
-def nothing_is_created(api: Api, namespace: str, backend: KubeRayBackend) -> Iterator[None]:
-    """Neither a RayJob nor a run's folder is left when the block ends."""
-    yield
-    assert not api.find("rayjobs", namespace)
-    assert not list(Path(str(backend.storage)).glob("runs/*"))
-
-
-def test_what_is_created_is_what_is_rendered(api: Api, namespace: str, backend: KubeRayBackend) -> None:
-    """The API server keeps every field: nothing was pruned, and options and templates are where they belong."""
-    worker = PodTemplate(
-        pod_spec=V1PodSpec(
-            containers=[V1Container(name="primary")],
-            node_selector={"pool": "gpu"},
-            tolerations=[V1Toleration(key="gpu", operator="Exists")],
-        )
-    )
-    mine = changed(
-        backend,
-        requests=Resources(cpu="2", mem="3Gi", gpu="1"),
-        labels={"kueue.x-k8s.io/queue-name": "team"},
-        annotations={"note": "x"},
-        service_account="robot",
-        worker_pod_template=worker,
-        spec={"rayClusterSpec": {"autoscalerOptions": {"version": "v2"}}},
-    )
-    run = started(mine, "2:3")
-    job = job_of(api, namespace)
-    assert job["metadata"]["name"] == run.run_id
-    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
-    assert job["metadata"]["annotations"] == {"note": "x"}
-    spec = job["spec"]
-    assert spec["entrypoint"].startswith(f"python -m kfpytorch_ray.cluster.kube.driver {run.run_id} ")
-    cluster = spec["rayClusterSpec"]
-    assert cluster["autoscalerOptions"]["version"] == "v2"
-    (group,) = cluster["workerGroupSpecs"]
-    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 3)
-    pod = group["template"]["spec"]
-    assert pod["nodeSelector"] == {"pool": "gpu"}
-    assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
-    assert pod["containers"][0]["resources"]["limits"] == {"cpu": "2", "memory": "3Gi", "nvidia.com/gpu": "1"}
-    assert {pod["serviceAccountName"], cluster["headGroupSpec"]["template"]["spec"]["serviceAccountName"]} == {"robot"}
-    run.cancel()
-    assert not api.find("rayjobs", namespace)
 
 
 @pytest.mark.parametrize(
@@ -171,11 +103,57 @@ def test_every_bad_end_is_an_error_that_says_why(
     write_status(api, namespace, run, **status)
     with pytest.raises(error, match=words):
         run.result()
+    assert not api.find("rayjobs", namespace)
+    with pytest.raises(error, match=words):
+        attach(run.run_id, storage=backend.storage, backend=backend).result()
+
+
+def test_a_job_that_a_queue_holds_is_waited_for(api: Api, namespace: str, backend: KubeRayBackend, capsys: Any) -> None:
+    """However long: ``ready_timeout_s`` counts from its admission, not from its creation."""
+    run = started(replace(backend, ready_timeout_s=1.0))
+    write_status(api, namespace, run, jobDeploymentStatus="Suspended")
+    with pytest.raises(RunPendingError):
+        run.result(timeout=2.0)
+    assert "is suspended: a queue has not admitted it yet" in capsys.readouterr().err
+    write_status(api, namespace, run, jobDeploymentStatus="Initializing", startTime=now())
+    assert run.status() is RunStatus.PENDING
+    with pytest.raises(PlacementTimeoutError, match="within 1 s"):
+        run.result()
+
+
+def test_a_job_that_is_tried_again_goes_on(api: Api, namespace: str, backend: KubeRayBackend) -> None:
+    """After Retrying, where a failure leads that is not final, it runs on another cluster, which has another head."""
+    run = started(backend)
+    status = {"jobStatus": "RUNNING", "startTime": now()}
+    taken: list[object] = []
+    thread = threading.Thread(target=lambda: taken.append(run.result()), daemon=True)
+    for cluster in ("first", "second"):
+        api.create("pods", namespace, waiting_pod(cluster, f"{cluster}-head"))
+        write_status(api, namespace, run, jobDeploymentStatus="Running", rayClusterName=cluster, **status)
+        if cluster == "first":
+            thread.start()
+            wait_until(lambda: thread.is_alive() and run.status() is RunStatus.RUNNING, "it to be followed")
+            write_status(api, namespace, run, jobDeploymentStatus="Retrying", jobStatus="FAILED", failed=1)
+            api.delete("pods", namespace, "first-head", gracePeriodSeconds=0)
+            wait_until(lambda: run.status() is RunStatus.PENDING, "the second try")
+    succeed(Path(str(backend.storage)) / "runs" / run.run_id)
+    write_status(api, namespace, run, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", failed=1, succeeded=1)
+    thread.join(60)
+    assert len(taken) == 1
+    wait_until(lambda: not api.find("rayjobs", namespace), "the RayJob to go")
+
+
+def succeed(folder: Path) -> None:
+    """Leave what a driver leaves whose one rank returned nothing."""
+    storage = Storage(str(folder))
+    record = storage.upload(OUTCOME_RECORD, [pickle.dumps(Record(()))])
+    outcome = Outcome("succeeded", time.time(), "", "", (record.sha256, record.size_bytes), (("", 0),))
+    storage.write(OUTCOME, outcome.to_json())
 
 
 def test_a_cluster_that_never_gets_ready(api: Api, namespace: str, backend: KubeRayBackend) -> None:
     """After ``ready_timeout_s`` the run ends with what it waited for, and nothing of it is left."""
-    run = started(changed(backend, ready_timeout_s=1.0))
+    run = started(replace(backend, ready_timeout_s=1.0))
     write_status(api, namespace, run, jobDeploymentStatus="Initializing", rayClusterName="c")
     api.create("pods", namespace, waiting_pod("c", "c-head"))
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes fit"}
@@ -191,7 +169,7 @@ def test_an_image_that_cannot_be_pulled(
     api: Api, namespace: str, backend: KubeRayBackend, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """It is said at once, and the run ends when it stays like that."""
-    monkeypatch.setattr(kuberay_job, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(patience, "_PATIENCE_S", 1.0)
     run = started(backend)
     write_status(api, namespace, run, jobDeploymentStatus="Initializing", rayClusterName="c")
     api.create("pods", namespace, waiting_pod("c", "c-head"))
@@ -201,13 +179,13 @@ def test_an_image_that_cannot_be_pulled(
     assert api.patch("pods", namespace, "c-head/status", {"status": stuck})
     with pytest.raises(ClusterError, match=r"(?s)cannot come up.*ImagePullBackOff: not found"):
         run.result()
-    assert "0 of 1 pods run; c-head/ray-head ImagePullBackOff" in capsys.readouterr().err
+    assert "0 of 1 run; c-head/ray-head ImagePullBackOff" in capsys.readouterr().err
     assert not api.find("rayjobs", namespace)
 
 
 def test_what_only_an_event_says_is_told(api: Api, namespace: str, backend: KubeRayBackend, capsys: Any) -> None:
     """A RayCluster that KubeRay refuses has no status: its Warning is all there is."""
-    run = started(changed(backend, ready_timeout_s=2.0))
+    run = started(replace(backend, ready_timeout_s=2.0))
     api.event(
         job_of(api, namespace), "RayJob", "InvalidRayClusterSpec", "the worker group is wrong", "rayjob-controller"
     )
@@ -241,98 +219,6 @@ def test_a_finalizer_is_waited_for(api: Api, namespace: str, backend: KubeRayBac
     assert api.patch("rayjobs", namespace, name, {"metadata": {"finalizers": None}})
     thread.join(60)
     assert states == [RunStatus.STOPPED]
-
-
-def wrong_context(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(backend, context="elsewhere")
-
-
-def no_kubeconfig(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(backend, kubeconfig="/nowhere/config")
-
-
-def nobody(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(backend, context="nobody")
-
-
-def unknown_user(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(backend, kubeconfig=edited(backend, lambda c: c["users"][0]["user"].update(token="wrong")))
-
-
-def nobody_answers(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(
-        backend,
-        kubeconfig=edited(backend, lambda c: c["clusters"][0]["cluster"].update(server="https://127.0.0.1:1")),
-    )
-
-
-def no_namespace(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(backend, namespace="nowhere")
-
-
-def no_cluster(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(backend, cluster="absent")
-
-
-def unknown_field(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(backend, spec={"rayClusterSpec": {"headGroupSpec": {"colour": "red"}}})
-
-
-def bad_spec(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(backend, spec={"suspend": True, "shutdownAfterJobFinishes": False, "ttlSecondsAfterFinished": 0})
-
-
-def wrong_type(backend: KubeRayBackend) -> KubeRayBackend:
-    return changed(backend, spec={"backoffLimit": "many"})
-
-
-def edited(backend: KubeRayBackend, change: Callable[[Document], None]) -> str:
-    """A kubeconfig of the test's own."""
-    path = Path(str(backend.storage)).with_name("kubeconfig")
-    settings = yaml.safe_load(Path(str(backend.kubeconfig)).read_text())
-    change(settings)
-    path.write_text(yaml.safe_dump(settings))
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "error", "words"),
-    [
-        (wrong_context, ConfigError, "context='elsewhere'"),
-        (no_kubeconfig, ConfigError, "kubeconfig='/nowhere/config'"),
-        (nobody, AuthenticationError, r"\(403\)"),
-        (unknown_user, AuthenticationError, r"does not know who asks \(401\)"),
-        (nobody_answers, ClusterUnreachableError, "127.0.0.1:1 cannot be reached"),
-        (no_namespace, ClusterError, "no namespace 'nowhere'"),
-        (no_cluster, ClusterError, "no RayCluster 'absent'"),
-        (unknown_field, ConfigError, "headGroupSpec.colour"),
-        (bad_spec, ConfigError, "spec.suspend"),
-        (wrong_type, ClusterError, r"not valid there \(422\)"),
-    ],
-)
-def test_every_refusal_is_typed_and_leaves_nothing(
-    api: Api,
-    namespace: str,
-    backend: KubeRayBackend,
-    spoil: Callable[[KubeRayBackend], KubeRayBackend],
-    error: type[Exception],
-    words: str,
-) -> None:
-    """What, why and how to fix it; no token is repeated, and neither a RayJob nor a folder is left."""
-    with nothing_is_created(api, namespace, backend), pytest.raises(error, match=words) as caught:
-        started(spoil(backend))
-    tokens = [user["user"]["token"] for user in yaml.safe_load(Path(str(backend.kubeconfig)).read_text())["users"]]
-    assert not any(token in str(caught.value) for token in tokens)
-    assert "Fix:" in str(caught.value) or isinstance(caught.value, ConfigError)
-
-
-def test_a_quota_that_is_used_up(api: Api, namespace: str, backend: KubeRayBackend) -> None:
-    """A real ResourceQuota: the API server's reason arrives."""
-    quota = {"metadata": {"name": "q"}, "spec": {"hard": {"count/rayjobs.ray.io": "0"}}}
-    api.create("resourcequotas", namespace, quota)
-    wait_until(lambda: (api.get("resourcequotas", namespace, "q") or {}).get("status", {}).get("hard"), "the quota")
-    with nothing_is_created(api, namespace, backend), pytest.raises(AuthenticationError, match="exceeded quota: q"):
-        started(backend)
 
 
 def waiting_pod(cluster: str, name: str) -> Document:

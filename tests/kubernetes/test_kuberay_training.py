@@ -2,78 +2,42 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from doubles.api import Api
+from doubles.node import Node
 from doubles.operator import KubeRayOperator
 from flytekit import Resources
 
-from kfpytorch_ray import Elastic, KubeRayBackend, WorkerFailedError, launch
-from kfpytorch_ray.testing import wait_until
+from kfpytorch_ray import Elastic, KubeRayBackend, RunLostError, launch
+from kfpytorch_ray.testing import meanwhile, wait_until
 
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning"),
 ]
 
-TRAINING = """
-import os
-import torch
-import torch.distributed as dist
-
-
-def train(base):
-    dist.init_process_group("gloo")
-    total = torch.tensor([base + dist.get_rank()])
-    dist.all_reduce(total)
-    print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "sums to", total.item())
-    return total.item(), os.environ["GROUP_RANK"]
-
-
-def fail(base):
-    raise ValueError(f"no training with {base}")
-"""
+LONG_S = 400.0
+"""For Ray to start on a machine that is busy."""
 
 
 @pytest.fixture
-def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """A user's module, in a folder that is sent."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    (folder / "training_on_kuberay.py").write_text(TRAINING)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.chdir(folder)
-    for variable in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "FLYTE_INTERNAL_EXECUTION_ID", "KUBECONFIG", "RAY_ADDRESS"):
-        monkeypatch.delenv(variable, raising=False)
-    yield importlib.import_module("training_on_kuberay")
-    del sys.modules["training_on_kuberay"]
-
-
-@pytest.fixture
-def storage() -> Iterator[str]:
-    """A folder that this process and the Pods see: each of them has a /tmp of its own."""
-    with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-test-", dir="/var/tmp") as folder:
-        yield folder
-
-
-@pytest.fixture
-def backend(control_plane: Path, namespace: str, operator: KubeRayOperator, storage: str) -> KubeRayBackend:
+def backend(
+    control_plane: Path, namespace: str, operator: KubeRayOperator, shared_folder: str, project: Path
+) -> KubeRayBackend:
     """A cluster whose pods are small enough for this machine."""
     small = Resources(cpu="1", mem="1Gi")
     return KubeRayBackend(
         image="registry.example/train:1",
         namespace=namespace,
         kubeconfig=str(control_plane),
-        storage=storage,
+        storage=shared_folder,
         requests=small,
         head_requests=small,
+        grow_cooldown_s=1.0,
     )
 
 
@@ -82,11 +46,16 @@ def gone(api: Api, namespace: str) -> bool:
     return not any(api.find(kind, namespace) for kind in ("rayjobs", "rayclusters", "jobs", "pods"))
 
 
+def pods(api: Api, namespace: str, labels: str, phase: str = "Running") -> list[str]:
+    found = api.find("pods", namespace, labels)
+    return [pod["metadata"]["name"] for pod in found if pod["status"].get("phase") == phase]
+
+
 def test_a_function_is_trained_and_its_results_come_home(
-    api: Api, namespace: str, training: ModuleType, backend: KubeRayBackend, capsys: Any
+    api: Api, namespace: str, trainings: ModuleType, backend: KubeRayBackend, capsys: Any
 ) -> None:
     """Two nodes on two worker pods, the user's module sent; the log is followed, and everything is cleaned up."""
-    result = launch(training.train, 10, elastic=Elastic(nnodes=2, nproc_per_node=1, backend=backend))
+    result = launch(trainings.train, 10, elastic=Elastic(nnodes=2, nproc_per_node=1, backend=backend))
     assert [result[rank].return_value for rank in (0, 1)] == [(21, "0"), (21, "1")]
     output = capsys.readouterr().out
     assert output.count("rank 0 of 2 sums to 21") == 1
@@ -94,11 +63,41 @@ def test_a_function_is_trained_and_its_results_come_home(
     wait_until(lambda: gone(api, namespace), "the cluster to be removed")
 
 
-def test_the_users_exception_comes_home(
-    api: Api, namespace: str, training: ModuleType, backend: KubeRayBackend
+def test_a_run_grows_when_a_pod_comes(
+    api: Api, namespace: str, trainings: ModuleType, backend: KubeRayBackend, node: Node, shared_folder: str
 ) -> None:
-    """As from any other backend."""
-    with pytest.raises(WorkerFailedError, match="no training with 7") as caught:
-        launch(training.fail, 7, elastic=Elastic(nnodes=1, nproc_per_node=1, backend=backend))
-    assert isinstance(caught.value.__cause__, ValueError)
+    """A range starts with its fewest nodes; the demand for more brings a pod, and a round begins that includes it."""
+
+    def act() -> None:
+        try:
+            wait_until(lambda: pods(api, namespace, "job-name"), "the submitter", LONG_S)
+            node.cordoned = True
+            worker = "ray.io/node-type=worker"
+            wait_until(lambda: pods(api, namespace, worker, "Pending"), "a pod that has no room", LONG_S)
+            wait_until(Path(shared_folder, "world-1").exists, "a round with one node", LONG_S)
+        finally:
+            node.cordoned = False
+
+    elastic = Elastic(
+        nnodes="1:2", nproc_per_node=1, backend=backend, rdzv_configs={"join_timeout": 300, "last_call_timeout": 1}
+    )
+    with meanwhile(act):
+        result = launch(trainings.grow, shared_folder, elastic=elastic)
+    assert [result[rank].return_value for rank in (0, 1)] == [2, 2]
+    assert [len(one.ranks) for one in result.rounds] == [1, 2]
+    wait_until(lambda: gone(api, namespace), "the cluster to be removed")
+
+
+def test_a_head_that_dies_ends_the_run(
+    api: Api, namespace: str, trainings: ModuleType, backend: KubeRayBackend, node: Node, shared_folder: str
+) -> None:
+    """Its container is killed and started again, where nobody knows of the run: that is said, and nothing is left."""
+
+    def kill() -> None:
+        wait_until(Path(shared_folder, "begun-0").exists, "training to begin", LONG_S)
+        (head,) = pods(api, namespace, "ray.io/node-type=head")
+        node.kill_container(namespace, head)
+
+    with meanwhile(kill), pytest.raises(RunLostError, match=r"head pod of the run .* is lost"):
+        launch(trainings.hold, shared_folder, elastic=Elastic(nnodes=1, nproc_per_node=1, backend=backend))
     wait_until(lambda: gone(api, namespace), "the cluster to be removed")

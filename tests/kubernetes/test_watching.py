@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,6 @@ pytestmark = [
 
 JOB = "watched"
 PODS = "app=watched"
-
-
-@pytest.fixture(autouse=True)
-def no_flyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is on a user's machine."""
-    for variable in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "FLYTE_INTERNAL_EXECUTION_ID", "KUBECONFIG"):
-        monkeypatch.delenv(variable, raising=False)
 
 
 def reached(namespace: str, kubeconfig: str) -> Namespace:
@@ -72,13 +66,18 @@ def seen_label(seen: Watcher) -> int:
     return int(found["metadata"].get("labels", {}).get("value", 0))
 
 
-def wait_for_watches(seen: Watcher, front: Front) -> None:
-    """Wait until both watches are there and have told what there is."""
+def watches(front: Front) -> tuple[int, int]:
+    """How many there have been of RayJobs and of pods."""
+    return front.counted("watch rayjobs"), front.counted("watch pods")
+
+
+def wait_for_watches(seen: Watcher, front: Front, before: tuple[int, int] = (0, 0)) -> None:
+    """Wait until there are more of both than before: each is begun when it is known how things are."""
 
     def there() -> bool:
         seen.get(RAY_JOB, JOB)
         seen.pods(PODS)
-        return front.counted("watch rayjobs") > 0 and front.counted("watch pods") > 0
+        return all(now > then for now, then in zip(watches(front), before, strict=True))
 
     wait_until(there, "two watches")
 
@@ -132,11 +131,11 @@ def test_what_nobody_asks_for_is_not_watched_any_more(
     with Watcher(here, watch_s=1.0) as seen:
         wait_for_watches(seen, front)
         wait_until(lambda: seen_label(seen) == 0 and front.counted("watch rayjobs") > 4, "more watches")
-        watches = front.counted("watch pods")
-        assert watches < 4
+        ended = front.counted("watch pods")
+        assert ended < 4
         api.create("pods", namespace, pod("a"))
         wait_until(lambda: seen.pods(PODS), "the pod")
-        wait_until(lambda: seen.pods(PODS) and front.counted("watch pods") > watches, "another watch")
+        wait_until(lambda: seen.pods(PODS) and front.counted("watch pods") > ended, "another watch")
 
 
 def test_a_version_that_is_forgotten_is_listed_anew(
@@ -173,14 +172,14 @@ def test_a_connection_that_breaks_is_told_and_taken_up_again(
         here = reached(namespace, front.kubeconfig(tmp_path / "kubeconfig", relay.address))
         with Watcher(here) as seen:
             wait_for_watches(seen, front)
+            before = watches(front)
             relay.refuse()
             relay.drop()
             label(api, namespace, 1)
             wait_until(lambda: unreachable(seen), "the broken watch to be noticed")
             relay.heal()
             wait_until(lambda: not unreachable(seen) and seen_label(seen) == 1, "the change")
-            front.asked.clear()
-            wait_until(lambda: seen.get(RAY_JOB, JOB) and front.counted("watch rayjobs"), "another watch")
+            wait_for_watches(seen, front, before)
             front.asked.clear()
             label(api, namespace, 2)
             wait_until(lambda: seen_label(seen) == 2, "the change")
@@ -230,18 +229,12 @@ def train(x: int) -> int:
 
 
 @pytest.fixture
-def start(namespace: str, tmp_path: Path) -> Callable[[str], Run]:
+def start(backend: KubeRayBackend) -> Callable[[str], Run]:
     """Creates a RayJob by a kubeconfig."""
 
     def start(kubeconfig: str) -> Run:
-        backend = KubeRayBackend(
-            image="registry.example/train:1",
-            namespace=namespace,
-            kubeconfig=kubeconfig,
-            storage=str(tmp_path / "storage"),
-            working_dir="",
-        )
-        return launch(train, 1, elastic=Elastic(2, backend=backend), wait=False)
+        there = replace(backend, kubeconfig=kubeconfig)
+        return launch(train, 1, elastic=Elastic(2, backend=there), wait=False)
 
     return start
 

@@ -13,6 +13,7 @@ from flytekit import Resources
 
 from kfpytorch_ray import ConfigError, Elastic, RayBackend
 from kfpytorch_ray.cli.job import Wanted, elastic_of
+from kfpytorch_ray.cli.options import Reach
 from kfpytorch_ray.cli.targets import Target, find_target
 from kfpytorch_ray.cli.travel import working_dir_for
 from kfpytorch_ray.payload import import_root
@@ -20,7 +21,7 @@ from kfpytorch_ray.payload import import_root
 ADDRESS = "http://head:8265"
 FLOW = """
 from flytekit import Resources, task, workflow
-from kfpytorch_ray import Elastic, KubeflowBackend, PyTorch, RayBackend
+from kfpytorch_ray import Elastic, KubeflowBackend, KubeRayBackend, PyTorch, RayBackend
 
 @task(task_config=Elastic(nnodes="1:2", nproc_per_node=2, max_restarts=1, backend=RayBackend(env={"A": "1"}, storage="s3://theirs")))
 def train(x: int) -> int:
@@ -32,6 +33,14 @@ def plain(x: int) -> int:
 
 @task(task_config=Elastic(backend=KubeflowBackend()))
 def kubeflow(x: int) -> int:
+    return x
+
+@task(task_config=Elastic(backend=KubeRayBackend(image="i")))
+def kuberay(x: int) -> int:
+    return x
+
+@task(task_config=Elastic(backend=KubeRayBackend(image="i", working_dir="")))
+def in_the_image(x: int) -> int:
     return x
 
 @task(task_config=Elastic(), environment={"KFPYTORCH_RAY_BACKEND": "kubeflow"})
@@ -269,11 +278,26 @@ def test_options_that_the_backend_does_not_have_are_refused_together(flow: Any) 
     assert "--lease: the backend" in str(caught.value)
 
 
+def test_a_file_that_lies_elsewhere_is_sent_to_kuberay_with_its_folder(
+    flow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As to a Ray that is elsewhere, unless the task says that all is in the image."""
+    found = flow("kuberay")
+    assert elastic_of(found, Wanted()).backend.working_dir is None  # type: ignore[union-attr]
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    assert elastic_of(found, Wanted()).backend.working_dir == str(tmp_path)  # type: ignore[union-attr]
+    assert elastic_of(flow("in_the_image"), Wanted()).backend.working_dir == ""  # type: ignore[union-attr]
+
+
 def test_headers_come_from_the_environment(flow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for Ray's own command line; and nothing of them is repeated where they are wrong."""
     monkeypatch.setenv("RAY_JOB_HEADERS", '{"Authorization": "secret"}')
     assert elastic_of(flow("train"), Wanted()).backend.headers == {"Authorization": "secret"}  # type: ignore[union-attr]
     assert elastic_of(flow("kubeflow"), Wanted()).backend.name == "kubeflow"  # type: ignore[union-attr]
+    assert elastic_of(flow("kuberay"), Wanted()).backend.name == "kuberay"  # type: ignore[union-attr]
+    assert Reach().options("ray") == RayBackend(headers={"Authorization": "secret"})
+    assert Reach().options("kuberay") is None
     for wrong in ("secret", '["secret"]', '{"a": {"b": "secret"}}'):
         monkeypatch.setenv("RAY_JOB_HEADERS", wrong)
         with pytest.raises(ConfigError, match="RAY_JOB_HEADERS") as caught:

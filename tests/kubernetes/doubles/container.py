@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -16,6 +17,7 @@ from doubles.variables import expanded
 _FIRST_BACK_OFF_S = 0.5
 _LONGEST_BACK_OFF_S = 10.0
 _MESSAGE_BYTES = 2048
+_PROBE_TIMEOUT_S = 1.0
 
 
 @final
@@ -51,6 +53,8 @@ class Container:
         self._env: dict[str, str] = {}
         self._mounts: Sequence[tuple[Path, str]] = ()
         self._again_at = 0.0
+        self._probed_at = 0.0
+        self._ready = False
 
     def waits(self, reason: str, message: str = "") -> None:
         """It has not been started, for a reason."""
@@ -71,6 +75,7 @@ class Container:
         )
         self._started_at = now()
         self._state = {"running": {"startedAt": self._started_at}}
+        self._ready = "readinessProbe" not in self.spec
 
     @property
     def running(self) -> bool:
@@ -89,7 +94,10 @@ class Container:
         Returns:
             What there is to tell in an Event; empty for nothing.
         """
-        if self.ended or self.process is None or (code := self.exit_code) is None:
+        if self.ended or self.process is None:
+            return ""
+        if (code := self.exit_code) is None:
+            self._probe()
             return ""
         if "running" in self._state:
             return self._has_ended(code)
@@ -98,6 +106,18 @@ class Container:
             self.previous_log, self.log = self.log, self._sandbox.folder / f"{self.name}-{self.restarts}.log"
             self.start(self._env, self._mounts)
         return ""
+
+    def _probe(self) -> None:
+        """Ask whether it is ready, over HTTP, until it is; once it was it stays so here."""
+        probe = self.spec.get("readinessProbe", {})
+        if self._ready or time.monotonic() - self._probed_at < probe.get("periodSeconds", 10):
+            return
+        self._probed_at = time.monotonic()
+        asked = probe["httpGet"]
+        with contextlib.suppress(OSError):
+            url = f"http://{self._sandbox.address}:{asked['port']}/{asked['path']}"
+            urllib.request.urlopen(url, timeout=_PROBE_TIMEOUT_S).close()
+            self._ready = True
 
     def _has_ended(self, code: int) -> str:
         self._state = {"terminated": self._terminated(code)}
@@ -156,7 +176,7 @@ class Container:
             "name": self.name,
             "image": self.spec.get("image", ""),
             "imageID": "",
-            "ready": running or (self._policy == "OnFailure" and self.ended and self.exit_code == 0),
+            "ready": (running and self._ready) or (self._policy == "OnFailure" and self.ended and self.exit_code == 0),
             "started": running,
             "restartCount": self.restarts,
             "state": self._state,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import yaml
 from kubernetes import client
 from urllib3.exceptions import HTTPError
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _PASSED_ON = ("Accept", "Content-Type")
@@ -49,6 +52,15 @@ class Asked:
         return replace(self, query=tuple({**dict(self.query), **values}.items()))
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that a test has broken."""
+        logger.debug("A connection broke: %s", client_address)
+
+
 @final
 class Front:
     """Serves for as long as a ``with`` block runs.
@@ -70,9 +82,7 @@ class Front:
         self._connection = connection
         self._user = user
         self._over = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self._server.block_on_close = False
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), name="front", daemon=True)
 
     def __enter__(self) -> Front:

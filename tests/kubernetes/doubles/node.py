@@ -54,6 +54,9 @@ class Node:
         longest_grace_s: A terminationGracePeriodSeconds that is longer is cut to this.
         shared: Folders under /tmp that Pods see although their /tmp is their own.
         env: Laid over the environment that all containers start with.
+
+    Attributes:
+        cordoned: Whether no more Pods are scheduled here, as after `kubectl cordon`.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Node:
     ) -> None:
         self.name = name
         self.capacity = dict(capacity)
+        self.cordoned = False
         self.labels = {"kubernetes.io/hostname": name, **(labels or {})}
         self._api = Api(connection)
         self._longest_grace_s = longest_grace_s
@@ -184,7 +188,11 @@ class Node:
     def _schedule(self, pod: Document, mine: list[Document]) -> None:
         meta = pod["metadata"]
         active = [one for one in mine if one.get("status", {}).get("phase") not in _ENDED]
-        hindrance = what_hinders(pod, self.labels, amounts(self.capacity), active)
+        hindrance = (
+            "0/1 nodes are available: 1 node(s) were unschedulable."
+            if self.cordoned
+            else what_hinders(pod, self.labels, amounts(self.capacity), active)
+        )
         if not hindrance:
             body = {"metadata": {"name": meta["name"]}, "target": {"kind": "Node", "name": self.name}}
             self._api.create("pods", meta["namespace"], body, f"{meta['name']}/binding")

@@ -1,8 +1,8 @@
 """The Pods, Service and Job that KubeRay makes of a RayCluster and a RayJob: pure, from documents to documents.
 
 Follows KubeRay 1.7.0: ray-operator/controllers/ray/common/pod.go, service.go and job.go. What differs: no DNS here, so
-that addresses are the head Pod's; no probes; workers wait for the head's port rather than for `ray health-check`; the
-head keeps Ray's monitor also with autoscaling, which is not in a sidecar here.
+that addresses are the head Pod's; of the probes only those of readiness; workers wait for the head's port rather than
+for `ray health-check`; the head keeps Ray's monitor also with autoscaling, which is not in a sidecar here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from doubles.scheduling import amounts
 
 GCS_PORT = 6379
 DASHBOARD_PORT = 8265
+AGENT_PORT = 52365
 HEAD_GROUP = "headgroup"
 _WITH_VALUE = ("log-color", "include-dashboard")
 """Flags of ``ray start`` that take true and false as a value."""
@@ -81,6 +82,7 @@ def head_pod(cluster: Document) -> Document:
     pod = _pod(cluster, group["template"], "head", HEAD_GROUP)
     address = f"127.0.0.1:{GCS_PORT}"
     _complete(pod, params, "ray start --head", {"RAY_ADDRESS": address})
+    _probe(pod, DASHBOARD_PORT, "api/gcs_healthz")
     return pod
 
 
@@ -91,6 +93,7 @@ def worker_pod(cluster: Document, group: Document, head_ip: str) -> Document:
     params = {**defaults, **(group.get("rayStartParams") or {})}
     pod = _pod(cluster, group["template"], "worker", group["groupName"])
     _complete(pod, params, "ray start", {"FQ_RAY_IP": head_ip, "RAY_IP": head_ip, "RAY_ADDRESS": address})
+    _probe(pod, AGENT_PORT, "api/local_raylet_healthz")
     wait = f"until (exec 3<>/dev/tcp/{head_ip}/{GCS_PORT}) 2>/dev/null; do sleep 0.2; done"
     spec = pod["spec"]
     image = spec["containers"][0].get("image", "")
@@ -142,6 +145,12 @@ def _complete(pod: Document, params: dict[str, str], start: str, env: dict[str, 
         *({"name": name, "value": value} for name, value in values.items() if name not in named),
         *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()),
     ]
+
+
+def _probe(pod: Document, port: int, path: str) -> None:
+    """As for Ray 2.53 and later, whose probes need no wget."""
+    probe = {"httpGet": {"port": port, "path": path}, "periodSeconds": 1}
+    pod["spec"]["containers"][0].setdefault("readinessProbe", probe)
 
 
 def _options(params: dict[str, str]) -> str:
