@@ -25,6 +25,7 @@ from kfpytorch_ray.adapters.stored_runs import (
     address_of,
     located,
     manifest_of,
+    staging,
 )
 from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic
@@ -39,7 +40,6 @@ from kfpytorch_ray.flyte_worker import (
 )
 from kfpytorch_ray.payload import dump_payload, dump_result, importable, load_payload, load_result
 from kfpytorch_ray.plan import LaunchPlan
-from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 from kfpytorch_ray.run import Run
 from kfpytorch_ray.runs import Manifest, run_folder, storage_of
@@ -211,8 +211,8 @@ class KubeflowAdapter:
 
         to = destination(options, namespace, storage)
         check_pytorch_job(render("", "", None), namespace)
-        request = _pod_request(relocated(plan, storage, run.run_id), options)
-        return submit(request, run, PYTORCH_JOB, job, render, options, to)
+        with staging(plan, run, storage) as staged:
+            return submit(_pod_request(staged, options), run, PYTORCH_JOB, job, render, options, to)
 
 
 def _pod_request(plan: LaunchPlan, options: KubeflowBackend) -> PodRequest:

@@ -25,6 +25,7 @@ from kfpytorch_ray.adapters.stored_runs import (
     address_of,
     located,
     manifest_of,
+    staging,
 )
 from kfpytorch_ray.adapters.worker_pods import worker_resources
 from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfig, require_package
@@ -32,7 +33,6 @@ from kfpytorch_ray.config import KubeRayBackend, RayBackend, RayRunOptions
 from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, explain
 from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.planning import node_resources
-from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
 from kfpytorch_ray.runs import Manifest, run_folder, storage_of
@@ -186,7 +186,6 @@ class KubeRayAdapter:
         draft = _draft(plan.config, options, plan.arguments, run.run_id, "python")
         to = destination(options, namespace, storage)
         check_ray_job(options, draft, namespace)
-        request = RayAdapter(self._outside_options(plan)).build(relocated(plan, storage, run.run_id))
         inside = replace(inside_options(options), working_dir="", autoscaling=may_grow(namespace, options.cluster))
 
         def render(folder: str, sha256: str, packed: Digest | None) -> dict[str, Any]:
@@ -196,7 +195,9 @@ class KubeRayAdapter:
         def job(_folder: Storage) -> KubeRayJob:
             return KubeRayJob(namespace, run.run_id, options.ready_timeout_s)
 
-        return submit((request, inside), run, RAY_JOB, job, render, options, to)
+        with staging(plan, run, storage) as staged:
+            request = RayAdapter(self._outside_options(plan)).build(staged)
+            return submit((request, inside), run, RAY_JOB, job, render, options, to)
 
     def _outside_options(self, plan: LaunchPlan) -> RayBackend:
         """Options by which the request is built here for a driver that is there."""

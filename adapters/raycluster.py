@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from kfpytorch_ray.adapters import ray_findings
 from kfpytorch_ray.adapters.job_message import job_message
 from kfpytorch_ray.adapters.search_path import search_path
-from kfpytorch_ray.adapters.stored_runs import manifest_of
+from kfpytorch_ray.adapters.stored_runs import manifest_of, staging
 from kfpytorch_ray.backends import Findings, JobConfig, require_package
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.doctor.finding import Finding
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.payload import dump_payload
 from kfpytorch_ray.plan import LaunchPlan
-from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
 from kfpytorch_ray.runs import Manifest, run_folder, storage_of
@@ -220,8 +219,8 @@ class RayAdapter:
         storage = storage_of(options.storage)
         destination = look(options, address, storage)
         manifest = manifest_of(plan, options.name, options, storage.uri, address)
-        request = self.build(relocated(plan, storage, manifest.run_id))
-        return submit(request, manifest, options, destination)
+        with staging(plan, manifest, storage) as staged:
+            return submit(self.build(staged), manifest, options, destination)
 
     def _remote_address(self) -> str | None:
         """The job API's address where the launch goes to another cluster; None where this process is the driver.

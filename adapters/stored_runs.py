@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
 from kfpytorch_ray.config import KubernetesOptions, StoredRunOptions
+from kfpytorch_ray.errors import KfpytorchRayError
 from kfpytorch_ray.plan import LaunchPlan
-from kfpytorch_ray.runs import Manifest, new_run_id, whoami
+from kfpytorch_ray.relocation import relocated
+from kfpytorch_ray.runs import MANIFEST, Manifest, new_run_id, run_folder, whoami
+from kfpytorch_ray.storage import Storage
 
 EXAMPLE_RUN = "kfr-example"
 EXAMPLE_STORAGE = "s3://bucket/prefix"
@@ -53,3 +58,29 @@ def manifest_of(plan: LaunchPlan, backend: str, options: StoredRunOptions, stora
         retention_s=options.retention_s,
         lease_s=options.lease_s,
     )
+
+
+@contextlib.contextmanager
+def staging(plan: LaunchPlan, manifest: Manifest, storage: Storage) -> Iterator[LaunchPlan]:
+    """Have a run's folder, with the files among its inputs in it; nothing of it stays where the block raises.
+
+    Args:
+        plan: What is launched.
+        manifest: What the run is.
+        storage: That this machine and the workers share.
+
+    Yields:
+        The plan with places that its workers reach.
+
+    Raises:
+        StorageError: Something cannot be staged.
+    """
+    folder = run_folder(storage, manifest.run_id)
+    try:
+        # First: a folder that has none is nobody's, and is removed by a clean-up.
+        folder.write(MANIFEST, manifest.to_json())
+        yield relocated(plan, storage, manifest.run_id)
+    except BaseException:
+        with contextlib.suppress(KfpytorchRayError):
+            folder.remove()
+        raise

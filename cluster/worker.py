@@ -58,7 +58,7 @@ def main(spec: WorkerSpec) -> None:
 
 def _run(spec: WorkerSpec) -> None:
     with failures_written(Path(spec.failure), Stage.CALL):
-        finish = upload_files if spec.upload_files else None
+        finish = partial(upload_files, staged_prefix=spec.flyte.staged_prefix) if spec.upload_files else None
         result = flyte_worker.run_in_flyte_context(partial(_load_and_call, spec), spec.flyte, finish)
 
     with failures_written(Path(spec.failure), Stage.RESULT):

@@ -7,16 +7,24 @@ it, to where flytekit would.
 
 from __future__ import annotations
 
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from flytekit import FlyteDirectory, FlyteFile
 from flytekit.core.context_manager import FlyteContextManager
 
 
-def upload_files(value: Any) -> Any:
+def upload_files(value: Any, staged_prefix: str = "") -> Any:
     """Upload the local files and folders in a value.
 
     Looks into tuples (named ones too), lists and dicts.
+
+    Args:
+        value: What a function takes or returns.
+        staged_prefix: Where files lie that will not stay: those below it are uploaded as local ones are.
 
     Returns:
         The value with remote files in the place of local ones; the very same object if there was none.
@@ -26,30 +34,55 @@ def upload_files(value: Any) -> Any:
     """
     match value:
         case FlyteFile() | FlyteDirectory():
-            return _uploaded(value)
+            return _uploaded(value, staged_prefix)
         case tuple() | list():
-            items = [upload_files(item) for item in value]
+            items = [upload_files(item, staged_prefix) for item in value]
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         case dict():
-            entries = {key: upload_files(item) for key, item in value.items()}
+            entries = {key: upload_files(item, staged_prefix) for key, item in value.items()}
             return value if all(entries[key] is item for key, item in value.items()) else entries
         case _:
             return value
 
 
-def _uploaded(value: FlyteFile | FlyteDirectory) -> FlyteFile | FlyteDirectory:
+def _uploaded(value: FlyteFile | FlyteDirectory, staged_prefix: str) -> FlyteFile | FlyteDirectory:
     access = FlyteContextManager.current_context().file_access
     is_folder = isinstance(value, FlyteDirectory)
     wanted = value.remote_directory if is_folder else value.remote_path
     path = str(value.path)
+    if staged_prefix and str(value.remote_source or path).startswith(f"{staged_prefix}/"):
+        path, wanted = value.download(), None
     # Remote already, or the user said that it is not to be uploaded.
-    if value.remote_source is not None or access.is_remote(path) or wanted is False:
+    elif value.remote_source is not None or access.is_remote(path) or wanted is False:
         return value
     if is_folder:
         # As flytekit's own transformer does: a folder's contents go into a fresh folder.
         destination = access.put_data(path, str(wanted or access.get_random_remote_directory()), is_multipart=True)
-    else:
-        destination = access.put_data(path, str(wanted)) if wanted else access.put_raw_data(path)
-    return type(value)(path=destination)
+        return _remote_folder(type(value), destination) if access.is_remote(destination) else type(value)(destination)
+    return type(value)(path=access.put_data(path, str(wanted)) if wanted else access.put_raw_data(path))
+
+
+def _remote_folder(kind: type[FlyteDirectory], uri: str) -> FlyteDirectory:
+    """A folder that is downloaded when it is opened, wherever that is: by its path alone flytekit would not."""
+    local = FlyteContextManager.current_context().file_access.get_random_local_path()
+    folder = kind(local, downloader=_FolderDownload(uri, local))
+    folder._remote_source = uri
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class _FolderDownload:
+    remote: str
+    local: str
+
+    def __call__(self) -> None:
+        # Several ranks of a node may do so at the same time.
+        partial = f"{self.local}.{uuid.uuid4().hex}"
+        os.makedirs(os.path.dirname(self.local), exist_ok=True)
+        FlyteContextManager.current_context().file_access.get_data(self.remote, partial, is_multipart=True)
+        try:
+            os.rename(partial, self.local)
+        except OSError:
+            shutil.rmtree(partial)

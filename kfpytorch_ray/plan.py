@@ -44,12 +44,14 @@ class FlyteContext:
         checkpoint_dest: Where this attempt writes checkpoints; None where the platform has none.
         checkpoint_src: Where an earlier attempt left them; None without one.
         execution_id: Variables that name project, domain and execution to flytekit.
+        staged_prefix: Where files among the inputs were staged, to be removed with this call; empty if none are.
     """
 
     raw_output_prefix: str
     checkpoint_dest: str | None = None
     checkpoint_src: str | None = None
     execution_id: Mapping[str, str] = field(default_factory=dict)
+    staged_prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
     <storage>/runs/<run id>/
         manifest.json     what it is and where; written first, by whoever launches. No secrets
+        inputs/...        copies of this machine's files among the inputs
+        code.zip          the user's modules, where no job API takes them
         request.pkl       what its driver is to do
         lease             changes as long as whoever launched it lives, where it has a lease
         driver            where its driver has begun, on KubeRay
@@ -10,7 +12,7 @@
         results/rank-N    the value of each rank
         outcome.pkl       what became of every rank, and the error
         outcome.json      how it ended; written last
-        collected.json    that the result was taken; the request, the results and outcome.pkl are gone then
+        collected.json    that the result was taken; results, outcome.pkl and what was staged are gone then
 
 Here is what both ends, the command line and the clean-up share. Nothing here unpickles, and nothing asks a cluster.
 """
@@ -39,6 +41,8 @@ STORAGE_VARIABLE = "KFPYTORCH_RAY_STORAGE"
 """Names the storage where no option does."""
 
 MANIFEST = "manifest.json"
+INPUTS = "inputs"
+CODE = "code.zip"
 REQUEST = "request.pkl"
 LEASE = "lease"
 DRIVER = "driver"
@@ -235,7 +239,7 @@ def collect(folder: Storage) -> None:
 
 def discard(folder: Storage) -> None:
     """Remove what is large of a run that has ended; why it failed can still be told."""
-    for name in (REQUEST, RESULTS, LEASE):
+    for name in (INPUTS, CODE, REQUEST, RESULTS, LEASE):
         folder.remove(name)
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from kfpytorch_ray.cluster.remote.packing import Fate, entries_of
 from kfpytorch_ray.cluster.remote.working_dir import WorkingDir
+from kfpytorch_ray.runs import CODE
 from kfpytorch_ray.storage import CHUNK_BYTES, Digest, Storage
-
-CODE = "code.zip"
 
 
 def send(working_dir: WorkingDir, excludes: tuple[str, ...], folder: Storage) -> Digest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def train(load: Callable[[], Callable[[], Any]], flyte: FlyteContext, places: Pl
         return call()
 
     with failures_written(failure, Stage.CALL):
-        result = run_in_flyte_context(load_and_call, flyte, upload_files)
+        finish = partial(upload_files, staged_prefix=flyte.staged_prefix)
+        result = run_in_flyte_context(load_and_call, flyte, finish)
     with failures_written(failure, Stage.RESULT):
         path = spool(dump_result_parts(result), places.results, f"rank-{rank}")
     return Returned(

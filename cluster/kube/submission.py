@@ -21,7 +21,7 @@ from kfpytorch_ray.cluster.runtime_env import working_dir_of
 from kfpytorch_ray.config import KubernetesOptions
 from kfpytorch_ray.errors import KfpytorchRayError
 from kfpytorch_ray.notices import tell
-from kfpytorch_ray.runs import MANIFEST, REQUEST, run_folder
+from kfpytorch_ray.runs import REQUEST, run_folder
 from kfpytorch_ray.runs import Manifest as RunManifest
 from kfpytorch_ray.storage import Digest, Storage
 
@@ -72,7 +72,7 @@ def submit(
     options: KubernetesOptions,
     to: Destination,
 ) -> RemoteRun:
-    """Stage a request and have an operator run it.
+    """Stage a request and have an operator run it. What is staged stays where this fails; the caller removes it.
 
     Args:
         request: What is to be done, as the process there reads it.
@@ -90,7 +90,6 @@ def submit(
     folder = run_folder(to.storage, run.run_id)
     submitted = job(folder)
     try:
-        folder.write(MANIFEST, run.to_json())
         sha256 = folder.upload(REQUEST, [pickle.dumps(request)]).sha256
         packed = None
         if to.working_dir is not None:
@@ -100,8 +99,6 @@ def submit(
     except BaseException:
         with contextlib.suppress(KfpytorchRayError):
             submitted.forget()
-        with contextlib.suppress(KfpytorchRayError):
-            folder.remove()
         raise
     handle = RemoteRun(run, folder, options, lambda: submitted)
     tell(

@@ -1,4 +1,4 @@
-"""Sending a launch to a cluster that is elsewhere: look, stage, submit; and nothing left behind where that fails.
+"""Sending a launch to a cluster that is elsewhere: look, stage, submit; and no job left behind where that fails.
 
 What goes by which way: the request by the storage, its SHA-256 and the place by the job's entrypoint, the user's
 modules by Ray's runtime environment. Headers and tokens stay here.
@@ -28,7 +28,7 @@ from kfpytorch_ray.cluster.runtime_env import driver_environment, runtime_env_of
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import KfpytorchRayError, VersionMismatchError
 from kfpytorch_ray.notices import tell
-from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest, run_folder
+from kfpytorch_ray.runs import REQUEST, Manifest, run_folder
 from kfpytorch_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def look(options: RayBackend, address: str, storage: Storage) -> Destination:
 
 
 def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Destination) -> RemoteRun:
-    """Stage a request and have the cluster run it.
+    """Stage a request and have the cluster run it. What is staged stays where this fails; the caller removes it.
 
     Raises:
         StorageError: It cannot be staged.
@@ -88,7 +88,6 @@ def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Des
     if attempt is not None:
         _end_earlier_attempts(to.client, attempt)
     try:
-        folder.write(MANIFEST, manifest.to_json())
         data = pickle.dumps((request, _inside(options)))
         sha256 = folder.upload(REQUEST, [data]).sha256
         to.client.submit_job(
@@ -98,7 +97,7 @@ def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Des
             metadata={RUN_KEY: manifest.run_id, **(attempt.metadata if attempt else {})},
         )
     except BaseException:
-        _undo(to.client, folder, manifest.run_id)
+        _stop(to.client, manifest.run_id)
         raise
     run = RemoteRun(manifest, folder, options, lambda: RayJob(to.client, manifest.run_id))
     tell(
@@ -170,9 +169,8 @@ def _inside(options: RayBackend) -> RayBackend:
     return replace(options, address="auto", working_dir="", runtime_env=None, storage=None, headers={}, verify=True)
 
 
-def _undo(client: JobClient, folder: Storage, run_id: str) -> None:
+def _stop(client: JobClient, run_id: str) -> None:
+    """Stop a job that the cluster may have taken all the same."""
     with contextlib.suppress(KfpytorchRayError):
         if client.job(run_id) is not None:
             client.stop_job(run_id)
-    with contextlib.suppress(KfpytorchRayError):
-        folder.remove()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from ray.job_submission import JobSubmissionClient
 
 from kfpytorch_ray.testing import HeadCluster

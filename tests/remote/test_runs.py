@@ -262,9 +262,28 @@ def test_a_flyte_task_and_its_files(head: HeadCluster, storage: str, tmp_path: P
 
     returned = train(file=FlyteFile(str(tmp_path / "input.txt")), fail=False)
     assert Path(returned.download()).read_text() == "TEXT"
+    assert not any(name.startswith("inputs/") for name in files(storage))
     with pytest.raises(FlyteUserRuntimeException) as caught:
         train(file=FlyteFile(str(tmp_path / "input.txt")), fail=True)
     assert isinstance(caught.value.value.__cause__ or caught.value.__cause__, LookupError)
+    assert not any(name.startswith("inputs/") for name in files(storage))
+
+
+def test_an_input_that_is_handed_back(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """Files are staged in the run's folder and go with it; one that the function returns is a copy that stays."""
+    (tmp_path / "input.txt").write_text("text")
+    with pytest.raises(kfpytorch_ray.PayloadError):
+        launch(print, FlyteFile(str(tmp_path / "input.txt")), threading.Lock(), elastic=elastic(head, storage))
+    assert files(storage) == set()
+
+    def work(file: FlyteFile) -> FlyteFile:
+        return file
+
+    run = launch(work, FlyteFile(str(tmp_path / "input.txt")), elastic=elastic(head, storage), wait=False)
+    assert any(name.startswith("inputs/") for name in files(storage))
+    returned = run.result()[0].return_value
+    assert files(storage) == {"manifest.json", "outcome.json", "driver.log", "collected.json"}
+    assert Path(returned.download()).read_text() == "text"
 
 
 def test_a_later_attempt_ends_an_earlier_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +52,8 @@ def test_local_files_become_remote_ones(store: str, tmp_path: Path) -> None:
     assert trained.model.path.startswith(store)
     assert read(trained.model.path) == "weights"
     assert trained.accuracy == 0.5
-    assert logs["logs"].path.startswith(store)
-    assert read(f"{logs['logs'].path}/a.txt") == "line"
+    assert str(logs["logs"].remote_source).startswith(store)
+    assert Path(logs["logs"].download(), "a.txt").read_text() == "line"
     assert other is kept
 
 
@@ -70,3 +71,15 @@ def test_a_value_without_local_files_is_the_same_object(store: str) -> None:
     """Output metadata is found by the identity of the value."""
     value = ({"x": [1, 2]}, FlyteFile("s3://bucket/key"))
     assert upload_files(value) is value
+
+
+def test_what_was_staged_is_uploaded_again(store: str, tmp_path: Path) -> None:
+    """An input that a function hands back outlives the folder that it came in; other remote files stay."""
+    written(tmp_path / "folder" / "a.txt", "text")
+    staged = upload_files((FlyteFile(f"{tmp_path}/folder/a.txt"), FlyteDirectory(f"{tmp_path}/folder")))
+    arrived = pickle.loads(pickle.dumps(staged))
+    other = FlyteFile(f"{store}-not/file")
+    file, folder, kept = upload_files((*arrived, other), store)
+    assert Path(file.download()).read_text() == Path(folder.download(), "a.txt").read_text() == "text"
+    assert len({str(one.remote_source) for one in (*arrived, file, folder)}) == 4
+    assert kept is other

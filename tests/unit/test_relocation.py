@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ def test_local_places_move_into_the_storage(tmp_path: Path) -> None:
     """Outputs and checkpoints of this machine's disk would be another machine's own."""
     local = FlyteContext("/tmp/flyte/raw", "/tmp/flyte/checkpoints", "/tmp/flyte/before", {"A": "b"})
     moved = relocated(plan(local), Storage(f"file://{tmp_path}"), "kfr-one").flyte
-    assert moved == FlyteContext(f"{tmp_path}/outputs/kfr-one", f"{tmp_path}/checkpoints/launch-1", None, {"A": "b"})
+    outputs, checkpoints = f"{tmp_path}/outputs/kfr-one", f"{tmp_path}/checkpoints/launch-1"
+    assert moved == FlyteContext(outputs, checkpoints, None, {"A": "b"}, f"{tmp_path}/runs/kfr-one/inputs")
 
 
 def test_remote_places_stay(tmp_path: Path) -> None:
     """What Flyte has given is reached from everywhere."""
     remote = FlyteContext("s3://raw", "s3://checkpoints", "s3://before")
-    assert relocated(plan(remote), Storage(str(tmp_path)), "kfr-one").flyte == remote
+    moved = relocated(plan(remote), Storage(str(tmp_path)), "kfr-one").flyte
+    assert replace(moved, staged_prefix="") == remote
 
 
 def test_no_place_for_checkpoints_stays_none(tmp_path: Path) -> None:
@@ -48,8 +51,9 @@ def test_local_files_among_the_inputs_travel(tmp_path: Path, scheme: str) -> Non
     assert three == 3
     assert Path(sent.path).read_text() == "b"
     assert Path(sent_folder.path, "a.txt").read_text() == "a"
-    assert Path(sent.path).is_relative_to(tmp_path / "shared" / "outputs" / "kfr-one")
-    assert Path(sent_folder.path).is_relative_to(tmp_path / "shared" / "outputs" / "kfr-one")
+    assert moved.flyte.staged_prefix == str(tmp_path / "shared" / "runs" / "kfr-one" / "inputs")
+    assert Path(sent.path).is_relative_to(moved.flyte.staged_prefix)
+    assert Path(sent_folder.path).is_relative_to(moved.flyte.staged_prefix)
 
 
 def test_remote_files_among_the_inputs_stay(tmp_path: Path) -> None:

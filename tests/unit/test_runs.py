@@ -14,6 +14,7 @@ from kfpytorch_ray import ConfigError, StorageError, UnknownRunError
 from kfpytorch_ray.runs import (
     COLLECTED,
     DRIVER_LOG,
+    INPUTS,
     MANIFEST,
     OUTCOME,
     OUTCOME_RECORD,
@@ -68,6 +69,7 @@ def add(storage: Storage, run: Manifest, ended: Outcome | None = None) -> Storag
     folder = run_folder(storage, run.run_id)
     folder.write(MANIFEST, run.to_json())
     folder.write(REQUEST, b"request")
+    folder.write(f"{INPUTS}/file", b"input")
     if ended is not None:
         folder.write(f"{RESULTS}/rank-0", b"value")
         folder.write(OUTCOME_RECORD, b"record")

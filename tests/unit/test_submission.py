@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flytekit import FlyteFile
 
-from kfpytorch_ray import ClusterError, RayBackend
+from kfpytorch_ray import ClusterError, PayloadError, RayBackend, StorageError
 from kfpytorch_ray.adapters.raycluster import RayAdapter
+from kfpytorch_ray.adapters.stored_runs import staging
 from kfpytorch_ray.cluster.remote.submission import Attempt, Destination, attempt_in, submit
 from kfpytorch_ray.plan import FlyteContext, LaunchPlan, NodeResources
 from kfpytorch_ray.runs import Manifest, run_folder
@@ -46,9 +49,11 @@ class Cluster:
         return []
 
 
-def send(cluster: Cluster, storage: Storage) -> None:
-    plan = LaunchPlan("train", "f1", max, (1, 2), {}, 1, 1, 1, NodeResources({"CPU": 1.0}), FlyteContext("s3://raw"))
-    submit(RayAdapter(SECRETS).build(plan), RUN, SECRETS, Destination(cluster, storage, {"pip": ["x"]}))  # type: ignore[arg-type]
+def send(cluster: Cluster, storage: Storage, *inputs: Any) -> None:
+    plan = LaunchPlan("train", "f1", max, inputs, {}, 1, 1, 1, NodeResources({"CPU": 1.0}), FlyteContext("s3://raw"))
+    with staging(plan, RUN, storage) as staged:
+        to = Destination(cluster, storage, {"pip": ["x"]})  # type: ignore[arg-type]
+        submit(RayAdapter(SECRETS).build(staged), RUN, SECRETS, to)
 
 
 @pytest.fixture
@@ -81,13 +86,25 @@ def test_secrets_of_the_way_stay_here(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("error", [ClusterError("no"), KeyboardInterrupt()])
-def test_nothing_is_left_where_it_fails(storage: Storage, error: Exception) -> None:
-    """The staged request goes, and a job that was taken all the same is stopped; an interruption counts, too."""
+def test_nothing_is_left_where_it_fails(storage: Storage, error: Exception, tmp_path: Path) -> None:
+    """What was staged goes, files too, and a job that was taken all the same is stopped; so after an interruption."""
+    (tmp_path / "input.txt").write_text("text")
     cluster = Cluster(error)
     with pytest.raises(type(error)):
-        send(cluster, storage)
-    assert storage.folder("runs").names() == []
+        send(cluster, storage, FlyteFile(str(tmp_path / "input.txt")))
+    assert cluster.submitted
+    assert [path for path in (tmp_path / "storage").rglob("*") if path.is_file()] == []
     assert cluster.stopped == ["kfr-one"]
+
+
+def test_nothing_is_left_of_a_call_that_cannot_be_pickled(storage: Storage, tmp_path: Path) -> None:
+    """Nor of one whose file is not there: it is told as what it is."""
+    (tmp_path / "input.txt").write_text("text")
+    with pytest.raises(PayloadError):
+        send(Cluster(), storage, FlyteFile(str(tmp_path / "input.txt")), threading.Lock())
+    with pytest.raises(StorageError, match=r"(?s)inputs cannot be uploaded.*Fix:"):
+        send(Cluster(), storage, FlyteFile(str(tmp_path / "other.txt")))
+    assert storage.folder("runs").names() == []
 
 
 ATTEMPT = {"FLYTE_INTERNAL_EXECUTION_ID": "f1", "FLYTE_ATTEMPT_NUMBER": "2", "HOSTNAME": "f1-n0-0-2"}
