@@ -24,9 +24,9 @@ from kfpytorch_ray.cluster.remote.outcome import NOTHING, Record, result_name, w
 from kfpytorch_ray.cluster.remote.staged import read_request
 from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.errors import KfpytorchRayError, RunStoppedError, explain
+from kfpytorch_ray.errors import KfpytorchRayError, RunStoppedError, StorageError, explain
 from kfpytorch_ray.run import RunStatus
-from kfpytorch_ray.runs import DRIVER_LOG
+from kfpytorch_ray.runs import DRIVER_LOG, MANIFEST
 from kfpytorch_ray.storage import Digest, Storage
 
 logger = logging.getLogger(__name__)
@@ -49,13 +49,25 @@ def main(uri: str, working_dir: str = "") -> int:
     location, _, sha256 = uri.partition("#")
     try:
         folder = Storage(location)
-        manifest, (request, options) = read_request(folder, sha256)
-        lease = LeaseWatch(folder, manifest.lease_s)
-        with interruptible(), lease:
-            return _run(folder, request, replace(options, working_dir=working_dir), lease)
+        if folder.read(MANIFEST) is None:
+            raise StorageError(
+                explain(
+                    f"{folder.uri} holds no run.",
+                    "It was removed before its job began, or this machine sees another storage of that name.",
+                    "Launch again, with storage that both sides reach.",
+                )
+            )
     except KfpytorchRayError as error:
+        # There is nowhere to leave it.
         _say(error)
         return EXIT_FAILED
+    try:
+        manifest, (request, options) = read_request(folder, sha256)
+    except KfpytorchRayError as error:
+        return _fail(folder, error, EXIT_FAILED)
+    lease = LeaseWatch(folder, manifest.lease_s)
+    with interruptible(), lease:
+        return _run(folder, request, replace(options, working_dir=working_dir), lease)
 
 
 def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: LeaseWatch) -> int:

@@ -227,24 +227,43 @@ def test_cancel(head: HeadCluster, storage: str) -> None:
     assert "request.pkl" not in files(storage)
 
 
+class Trap:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
 def test_what_was_altered_in_the_storage_is_not_unpickled(head: HeadCluster, storage: str, tmp_path: Path) -> None:
     """A result whose bytes are not those that the driver wrote raises; nothing of it was executed."""
     run = launch(lambda: 1, elastic=elastic(head, storage), wait=False)
     result = run.result(keep=True)
     (written,) = Path(storage.removeprefix("file://")).glob("runs/*/results/rank-0")
 
-    class Trap:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (tmp_path / "sprung",)
-
-    written.write_bytes(pickle.dumps(Trap()))
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    written.write_bytes(trap)
     with pytest.raises(IntegrityError, match="SHA-256"):
         result[0]
     record = written.parent.parent / "outcome.pkl"
-    record.write_bytes(pickle.dumps(Trap()))
+    record.write_bytes(trap)
     with pytest.raises(IntegrityError, match="SHA-256"):
         run.result()
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_request_that_was_altered(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """Between the launch and its driver's start: nothing of it is executed, and whoever waits is told."""
+    run = launch(lambda: 1, elastic=elastic(head, storage), wait=False)
+    (request,) = Path(storage.removeprefix("file://")).glob("runs/*/request.pkl")
+    request.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(IntegrityError, match=r"not the one that was submitted"):
+        run.result()
+    assert run.status() is RunStatus.FAILED
+    assert not (tmp_path / "sprung").exists()
+    assert files(storage) == {"manifest.json", "outcome.json", "outcome.pkl", "driver.log"}
 
 
 def test_a_flyte_task_and_its_files(head: HeadCluster, storage: str, tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def test_a_request_that_was_altered_is_not_unpickled(
     assert main(f"{folder.uri}#{digest_of(b'what was submitted').sha256}") == 1
     assert "SHA-256" in capsys.readouterr().err
     assert not (tmp_path / "sprung").exists()
+    left = read_outcome(folder)
+    assert left is not None
+    assert (left.state, left.error) == ("failed", "IntegrityError")
 
 
 @pytest.mark.parametrize("sha256", ["", "#"])
@@ -50,10 +53,19 @@ def test_a_request_without_a_hash_is_not_unpickled(folder: Storage, tmp_path: Pa
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("name", [MANIFEST, REQUEST])
-def test_a_run_whose_files_were_removed(folder: Storage, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It fails with what is missing, and pretends no outcome."""
-    folder.remove(name)
+def test_a_run_whose_request_was_removed(folder: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    """It fails with what is missing."""
+    folder.remove(REQUEST)
     assert main(f"{folder.uri}#00") == 1
     assert "has no request" in capsys.readouterr().err
-    assert read_outcome(folder) is None
+    left = read_outcome(folder)
+    assert left is not None
+    assert (left.state, left.error) == ("failed", "StorageError")
+
+
+def test_a_run_that_was_removed(folder: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    """It fails, and leaves nothing where nobody would find it."""
+    folder.remove()
+    assert main(f"{folder.uri}#00") == 1
+    assert "holds no run" in capsys.readouterr().err
+    assert folder.names() == []
