@@ -15,12 +15,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 
 from kfpytorch_ray.cluster.interruption import interruptible, wants_to_stop
 from kfpytorch_ray.cluster.remote.job import ClusterJob, JobState
 from kfpytorch_ray.cluster.remote.lease import LeaseKeeper
 from kfpytorch_ray.cluster.remote.outcome import Downloads, read_record, write_failure
+from kfpytorch_ray.cluster.remote.patience import Patience
 from kfpytorch_ray.config import StoredRunOptions
 from kfpytorch_ray.errors import (
     ClusterError,
@@ -34,7 +35,7 @@ from kfpytorch_ray.errors import (
     explain,
 )
 from kfpytorch_ray.notices import tell
-from kfpytorch_ray.results import ElasticResult
+from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import DRIVER_LOG, Manifest, Outcome, collect, collected, discard, read_outcome
 from kfpytorch_ray.storage import Storage
@@ -118,16 +119,18 @@ class RemoteRun:
         return self._job.log()
 
     def _growing_log(self) -> Iterator[str]:
-        if read_outcome(self._folder) is not None:
-            yield self._whole_log()
+        patience = self._patience()
+        if patience.until_answered(partial(read_outcome, self._folder)) is not None:
+            yield patience.until_answered(self._whole_log)
             return
         with LeaseKeeper(self._folder, self._manifest.lease_s), self._job.tail() as tail:
             for _ in self._looks(None):
                 yield tail.next(_LOOK_S)
             tail.stop()
             yield tail.next(0.0)
-            with contextlib.suppress(ClusterUnreachableError):
-                yield tail.rest(self._whole_log())
+            # The run is over: what cannot be had of its log must not stand in the way of its result.
+            with contextlib.suppress(ClusterUnreachableError, StorageError):
+                yield tail.rest(patience.until_answered(self._whole_log))
 
     def cancel(self) -> RunStatus:
         """Stop it and wait until it is stopped."""
@@ -155,7 +158,8 @@ class RemoteRun:
         with LeaseKeeper(self._folder, self._manifest.lease_s):
             for _ in self._looks(timeout):
                 pause.wait(_LOOK_S)
-        if (who := collected(self._folder)) is not None:
+        patience = self._patience()
+        if (who := patience.until_answered(partial(collected, self._folder))) is not None:
             raise ResultCollectedError(
                 explain(
                     f"The result of the run {self.run_id} has been collected already.",
@@ -163,15 +167,15 @@ class RemoteRun:
                     "Launch again; to take a result more than once, take it with result(keep=True).",
                 )
             )
-        outcome = read_outcome(self._folder)
+        outcome = patience.until_answered(partial(read_outcome, self._folder))
         if outcome is None:
             raise self._without_outcome()
-        return self._take(outcome, keep)
+        return self._take(outcome, patience, keep)
 
-    def _take(self, outcome: Outcome, keep: bool) -> ElasticResult:
+    def _take(self, outcome: Outcome, patience: Patience, keep: bool) -> ElasticResult:
         if outcome.state == RunStatus.STOPPED.value:
             raise RunStoppedError(outcome.message)
-        record = read_record(self._folder, outcome)
+        record = patience.until_answered(partial(read_record, self._folder, outcome))
         if record.error is not None:
             if not keep:
                 self._forget()
@@ -179,7 +183,11 @@ class RemoteRun:
             raise record.error
         ranks = tuple(range(len(outcome.results)))
         downloads = Downloads(self._folder, outcome)
-        result = ElasticResult(ranks, downloads, record.rounds, self.run_id)
+
+        def fetch(rank: int) -> ElasticWorkerResult:
+            return patience.until_answered(partial(downloads, rank))
+
+        result = ElasticResult(ranks, fetch, record.rounds, self.run_id)
         if not keep:
             self._forget()
             weakref.finalize(result, _collect_if_taken, downloads, self._folder)
@@ -248,31 +256,27 @@ class RemoteRun:
 
     def _states(self, timeout: float | None) -> Iterator[JobState | None]:
         """Its states until it has ended; None where it cannot be asked now."""
-        began = heard_at = time.monotonic()
-        told, waits_for = False, ""
+        began, waits_for = time.monotonic(), ""
+        patience = self._patience()
         while True:
             state = None
             try:
                 state = self._state()
+                patience.answered()
                 if state.status.ended:
                     return
                 if state.message not in ("", waits_for):
                     waits_for = state.message
                     tell(f"the run {self.run_id} {waits_for}")
             except (ClusterUnreachableError, StorageError) as error:
-                if time.monotonic() - heard_at > self._options.reconnect_timeout_s:
+                if not patience.lasts(error):
                     raise self._unreachable(error) from error
-                if not told:
-                    told = True
-                    tell(f"{str(error).splitlines()[0]} Trying again.")
-            else:
-                heard_at = time.monotonic()
-                if told:
-                    told = False
-                    tell(f"the run {self.run_id} can be reached again.")
             if timeout is not None and time.monotonic() - began >= timeout:
                 raise self._pending(f"The run {self.run_id} has not ended within {timeout:g} s.")
             yield state
+
+    def _patience(self) -> Patience:
+        return Patience(self.run_id, self._options.reconnect_timeout_s)
 
     def _pending(self, what: str) -> RunPendingError:
         fix = f"Ask again later, or see what it does: {self.command('logs -f')}"
@@ -292,7 +296,7 @@ class RemoteRun:
     def _without_outcome(self) -> KfpytorchRayError:
         """The error for a run that is over and has not said how; it is left as its outcome."""
         state, last_lines = None, ""
-        with contextlib.suppress(ClusterUnreachableError):
+        with contextlib.suppress(ClusterUnreachableError, StorageError):
             state = self._job.look()
             if state is not None and state.status is RunStatus.LOST and state.error is None:
                 last_lines = "\n".join(self._whole_log().splitlines()[-_TAIL_LINES:])

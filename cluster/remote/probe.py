@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfpytorch_ray.cluster.remote.client import JobClient
-from kfpytorch_ray.cluster.remote.versions import Versions, here
+from kfpytorch_ray.cluster.remote.versions import SEND_IT, Versions, here
 from kfpytorch_ray.errors import ClusterError, KfpytorchRayError, StorageError, VersionMismatchError, explain
 from kfpytorch_ray.storage import Storage
 
@@ -120,7 +120,7 @@ def _why_it_failed(client: JobClient, folder: Storage, log: str, message: str) -
                 f"The cluster at {client.address} cannot run kfpytorch_ray: {last.strip()}.",
                 "The driver of a run is a process of the cluster and needs the same packages as this one.",
                 f"Install kfpytorch_ray=={version.kfpytorch_ray} (and with it flytekit and torch) in the cluster's "
-                "image, or send it: RayBackend(runtime_env={'py_modules': [kfpytorch_ray], 'pip': [...]}).",
+                f"image, or send it: {SEND_IT}, with what else is missing by 'pip'.",
             )
         )
     if (start := log.find(_STORAGE_MARK)) >= 0:

@@ -24,6 +24,9 @@ PROTOCOL = 1
 LOWEST_RAY = "2.49"
 """As in pyproject.toml, which the cluster need not have: our code may come to it by ``py_modules``."""
 
+SEND_IT = 'RayBackend(runtime_env={"py_modules": [os.path.dirname(kfpytorch_ray.__file__)]})'
+"""Python that has our own code travel with a job."""
+
 _HERE = "on this machine"
 _TEXTS = ("python", "ray", "torch", "flytekit", "cloudpickle", "kfpytorch_ray")
 
@@ -197,7 +200,7 @@ def _own_protocol(here: Versions, there: Versions, where: str) -> list[str]:
             f"kfpytorch_ray is {_own(here)} {_HERE} and {_own(there)} on {where}.",
             "The driver on the cluster is part of it, and reads what is staged for it here.",
             f"Install the same version on the cluster: {_pip('kfpytorch_ray', here.kfpytorch_ray)}. Or send it: "
-            'RayBackend(runtime_env={"py_modules": [os.path.dirname(kfpytorch_ray.__file__)]}).',
+            f"{SEND_IT}.",
         )
     ]
 

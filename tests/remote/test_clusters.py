@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -53,7 +55,7 @@ def other_package(tmp_path: Path) -> Path:
 
 
 def test_our_package_is_missing_there(head: HeadCluster, storage: str, other_package: Path) -> None:
-    """The error says so, and how to bring it there; nothing was staged."""
+    """The error says so, and how to bring it there; nothing was staged. Who follows its advice has a result."""
     (other_package / "kfpytorch_ray.py").write_text("raise ModuleNotFoundError(\"No module named 'kfpytorch_ray'\")")
     runtime_env = {"env_vars": {"PYTHONPATH": str(other_package)}}
     backend = RayBackend(address=head.address, storage=storage, working_dir="", runtime_env=runtime_env)
@@ -61,6 +63,11 @@ def test_our_package_is_missing_there(head: HeadCluster, storage: str, other_pac
         launch(answer, elastic=Elastic(backend=backend))
     assert head.address in str(caught.value)
     assert runs_in(storage) == []
+    fix = re.search(r"send it: (RayBackend\(.*?\))[,.]", str(caught.value))
+    assert fix is not None
+    advised = eval(fix[1]).runtime_env  # what a reader would type
+    backend = dataclasses.replace(backend, runtime_env={**runtime_env, **advised})
+    assert launch(lambda: 42, elastic=Elastic(backend=backend))[0].return_value == 42
 
 
 def test_another_protocol_is_spoken_there(head: HeadCluster, storage: str, other_package: Path) -> None:

@@ -1,0 +1,173 @@
+"""The handle of a run whose storage goes away for a while: a file system in memory whose reads fail as told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from kfpytorch_ray import ElasticWorkerResult, RayBackend, ResultCollectedError, StorageError
+from kfpytorch_ray.cluster.pickling import dump_result_parts
+from kfpytorch_ray.cluster.remote import patience
+from kfpytorch_ray.cluster.remote.handle import RemoteRun
+from kfpytorch_ray.cluster.remote.job import JobState
+from kfpytorch_ray.cluster.remote.outcome import Record, result_name, write_outcome
+from kfpytorch_ray.cluster.remote.received import Received
+from kfpytorch_ray.cluster.spool import map_spooled, spool
+from kfpytorch_ray.run import RunStatus
+from kfpytorch_ray.runs import COLLECTED, DRIVER_LOG, MANIFEST, OUTCOME, OUTCOME_RECORD, Manifest
+from kfpytorch_ray.storage import Storage
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    """Reads of the files that are named fail, as often as they are named."""
+
+    protocol = "flaky"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    failing: ClassVar[list[str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(str(path).removeprefix("flaky://"))
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        self._may_fail(path, mode)
+        return super()._open(path, mode, **kwargs)
+
+    def cat_file(self, path: str, **kwargs: Any) -> Any:
+        self._may_fail(path, "rb")
+        return super().cat_file(path, **kwargs)
+
+    def _may_fail(self, path: str, mode: str) -> None:
+        for name in self.failing:
+            if mode == "rb" and path.endswith(name):
+                self.failing.remove(name)
+                msg = "the link is down"
+                raise ConnectionResetError(msg)
+
+
+class Job:
+    """A job that is over, and whose log was received up to its last line."""
+
+    place = "nowhere"
+
+    def look(self) -> JobState | None:
+        return None
+
+    def followed(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def log(self) -> str:
+        return ""
+
+    def tail(self) -> AbstractContextManager[Any]:
+        return nullcontext(Tail())
+
+    def stop(self, timeout_s: float) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+class Tail(Received):
+    def rest(self, whole: str) -> str:
+        return whole[self.delivered :]
+
+    def stop(self) -> None: ...
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the files that cannot be read next."""
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    monkeypatch.setattr(patience, "_PAUSE_S", 0.01)
+    yield FlakyFileSystem.failing
+    FlakyFileSystem.failing.clear()
+    FlakyFileSystem.store.clear()
+
+
+@pytest.fixture
+def folder(failing: list[str], tmp_path: Path) -> Storage:
+    """Of a run that has succeeded, and whose rank 0 has returned 42."""
+    folder = Storage("flaky://storage/runs/kfr-one")
+    path = spool(dump_result_parts(ElasticWorkerResult(42, [], None)), [str(tmp_path)], "rank-0")
+    digest = folder.upload(result_name(0), [map_spooled(Path(path)).data])
+    folder.write(MANIFEST, manifest().to_json())
+    folder.write(DRIVER_LOG, b"one\ntwo\n")
+    write_outcome(folder, RunStatus.SUCCEEDED, Record(()), ((digest.sha256, digest.size_bytes),))
+    return folder
+
+
+def manifest() -> Manifest:
+    now = time.time()
+    return Manifest("kfr-one", "train", "ray", "flaky://storage", "http://head:1", now, "ada", "1", 1, 60.0)
+
+
+def opened(folder: Storage, reconnect_timeout_s: float = 600.0) -> RemoteRun:
+    return RemoteRun(manifest(), folder, RayBackend(reconnect_timeout_s=reconnect_timeout_s), Job)
+
+
+@pytest.mark.parametrize("name", [OUTCOME, COLLECTED, OUTCOME_RECORD, result_name(0)])
+def test_a_link_that_is_lost_after_the_end(
+    folder: Storage, failing: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is read then is read again; it is told once that it is tried, and once that it went well."""
+    run = opened(folder)
+    # A file that is not there yet is asked for, too.
+    failing += [name] * 3
+    result = run.result()
+    assert result[0].return_value == 42
+    assert failing == []
+    said = capsys.readouterr().err
+    assert (said.count("Trying again."), said.count("can be reached again.")) == (1, 1)
+    del result
+    with pytest.raises(ResultCollectedError):
+        run.result()
+
+
+@pytest.mark.parametrize("name", [COLLECTED, OUTCOME_RECORD, result_name(0)])
+def test_a_link_that_does_not_come_back(folder: Storage, failing: list[str], name: str) -> None:
+    """After ``reconnect_timeout_s`` it is an error, and the result stays."""
+    failing += [name] * 10_000
+    with pytest.raises(StorageError, match="the link is down"):
+        opened(folder, 0.05).result()[0]
+    failing.clear()
+    assert opened(folder).result()[0].return_value == 42
+
+
+def test_what_no_wait_mends_is_told_at_once(folder: Storage) -> None:
+    """A result that is not there will not be there later."""
+    folder.remove(result_name(0))
+    with pytest.raises(StorageError, match="FileNotFoundError"):
+        opened(folder).result()[0]
+
+
+def test_a_log_that_cannot_be_had_does_not_fail_the_run(
+    folder: Storage, failing: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last lines are asked for again, and given up after a while: the run has succeeded."""
+    outcome = folder.read(OUTCOME)
+    assert outcome is not None
+    folder.remove(OUTCOME)
+
+    class EndingJob(Job):
+        def look(self) -> JobState:
+            folder.write(OUTCOME, outcome)
+            return JobState(RunStatus.RUNNING)
+
+    def follow(reconnect_timeout_s: float) -> list[str]:
+        run = RemoteRun(manifest(), folder, RayBackend(reconnect_timeout_s=reconnect_timeout_s), EndingJob)
+        run.follow()
+        return capsys.readouterr().out.splitlines()
+
+    failing += [DRIVER_LOG] * 3
+    assert follow(600) == ["one", "two"]
+    folder.remove(OUTCOME)
+    failing += [DRIVER_LOG] * 10_000
+    assert follow(0.05) == []
