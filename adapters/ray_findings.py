@@ -127,7 +127,10 @@ def _remote_problems(options: RayBackend) -> list[str]:
             "Client, ray://, cannot drive a training); one that this machine belongs to by 'auto' or 'HOST:PORT'"
         )
     if address is not None and (urlsplit(address).username or urlsplit(address).password):
-        problems.append("RayBackend(address) has credentials in it, which would be shown: give them as headers")
+        problems.append(
+            "RayBackend(address) has credentials in it, which would be shown: give them as "
+            "RayBackend(headers={'Authorization': ...})"
+        )
     if not (
         isinstance(options.headers, dict)
         and all(isinstance(text, str) for pair in options.headers.items() for text in pair)

@@ -18,9 +18,10 @@ from typing import Any
 import ray
 from ray.exceptions import RaySystemError
 
+from kfpytorch_ray.cluster.listening import nobody_at, speaks_http
 from kfpytorch_ray.cluster.runtime_env import runtime_env_of
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.errors import ConfigError, PlacementError, explain
+from kfpytorch_ray.errors import ClusterUnreachableError, ConfigError, PlacementError, explain
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def connected(options: RayBackend, demand: Mapping[str, float]) -> Iterator[bool
 
     Raises:
         ConfigError: The address cannot be used by a driver.
+        ClusterUnreachableError: Nobody listens there.
         PlacementError: No Ray answers there.
     """
     with _lock:
@@ -108,6 +110,7 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
     if address == "local":
         _start(demand)
         return True
+    _refuse_wrong_port(address)
     try:
         ray.init(address=address, runtime_env=runtime_env_of(options))
     except (ConnectionError, RaySystemError, ValueError) as error:
@@ -121,6 +124,29 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
             )
         ) from error
     return False
+
+
+def _refuse_wrong_port(address: str) -> None:
+    if error := nobody_at(address):
+        raise ClusterUnreachableError(
+            explain(
+                f"The Ray cluster at {address!r} cannot be joined.",
+                f"Nobody listens there: {error}",
+                "Check that the cluster runs, and name its GCS by HOST:PORT (most often port 6379) or 'auto'; a "
+                "cluster that is elsewhere by its job API, RayBackend(address='http://HOST:8265', storage=...).",
+            )
+        )
+    if speaks_http(address):
+        raise ConfigError(
+            "RayBackend",
+            (
+                (
+                    f"address={address!r}: HTTP is spoken there, as by Ray's job API, and a driver can join only its "
+                    f"GCS (most often port 6379): give address='http://{address}' and storage=... to have the job API "
+                    "run it, or the GCS by HOST:PORT or 'auto' to join it"
+                ),
+            ),
+        )
 
 
 def _start(demand: Mapping[str, float]) -> None:

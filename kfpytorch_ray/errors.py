@@ -8,7 +8,7 @@
     ├── PlacementError                      the nodes could not be had
     │   ├── InfeasibleError                 no node of the cluster can ever hold one
     │   └── PlacementTimeoutError           not within the join timeout              (retryable)
-    ├── ClusterError                        a remote cluster cannot be used
+    ├── ClusterError                        a cluster that an address names cannot be used
     │   ├── ClusterUnreachableError         nobody answers there                     (retryable)
     │   ├── AuthenticationError             it refuses who asks (401, 403)
     │   └── VersionMismatchError            what runs here and there do not fit together
@@ -108,11 +108,11 @@ class PlacementTimeoutError(PlacementError, TimeoutError):
 
 
 class ClusterError(KfpytorchRayError, RuntimeError):
-    """A cluster that was to be reached by its job API cannot be used."""
+    """A cluster that an address names cannot be used."""
 
 
 class ClusterUnreachableError(ClusterError, ConnectionError):
-    """Nobody answers at the address, or not as Ray's job API does."""
+    """Nobody answers at the address, or not as what is looked for there."""
 
     retryable: ClassVar[bool] = True
 

@@ -171,7 +171,12 @@ def storage_of(uri: str | None) -> Storage:
     if not named:
         raise ConfigError(
             "storage",
-            (f"no storage is named: give storage='s3://bucket/prefix' (any fsspec URI), or set {STORAGE_VARIABLE}",),
+            (
+                (
+                    "no storage is named, by which the call gets to a cluster that is elsewhere and its result comes "
+                    f"back: give storage='s3://bucket/prefix' (any fsspec URI of both), or set {STORAGE_VARIABLE}"
+                ),
+            ),
         )
     if problem := problem_of_uri(named):
         raise ConfigError("storage", (problem,))

@@ -224,7 +224,10 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
             if 0 not in result:
                 raise IgnoreOutputs
             first = result[0]
-        except (LaunchError, PayloadError, PlacementError) as error:
+        except KfpytorchRayError as error:
+            # What is wrong with a config or a cluster, and stays wrong, is raised as it is.
+            if not (error.retryable or isinstance(error, LaunchError | PayloadError | PlacementError)):
+                raise
             raise _flyte_error(error) from (error.__cause__ or error)
         _hand_over(first)
         return first.return_value

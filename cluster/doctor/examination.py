@@ -7,7 +7,6 @@ cannot be done becomes a finding; the next checks are made as far as they can be
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from kfpytorch_ray.cluster.doctor.launcher import Launcher, own_temporary_folder
 from kfpytorch_ray.cluster.doctor.nodes import clock_of, joined_nodes, nodes_of
 from kfpytorch_ray.cluster.doctor.report import ClusterNode, NodeReport
 from kfpytorch_ray.cluster.doctor.wording import names_of, shown_time
+from kfpytorch_ray.cluster.listening import nobody_at
 from kfpytorch_ray.cluster.remote.client import client_of
 from kfpytorch_ray.cluster.remote.probe import probe
 from kfpytorch_ray.cluster.remote.versions import here
@@ -38,7 +38,6 @@ from kfpytorch_ray.storage import Storage
 
 _LEASE_S = 60.0
 """If this process is killed, its launch ends by itself."""
-_CONNECT_S = 5.0
 _LOCAL_NODES = 2
 _NAME_STORAGE = "Name one that this machine and the cluster reach: --storage s3://bucket/prefix"
 
@@ -105,7 +104,7 @@ def examine_joined(options: RayBackend, wait_s: float) -> Iterator[Finding]:
         wait_s: How long to wait for nodes that are in use.
     """
     address = options.address or "auto"
-    if error := _nobody_at(address):
+    if error := nobody_at(address):
         yield Finding(
             "reachable",
             Level.FAIL,
@@ -219,21 +218,6 @@ def _join(undo: contextlib.ExitStack, options: RayBackend, demand: Mapping[str, 
         if not ray.is_initialized():
             undo.callback(ray.shutdown)
         undo.enter_context(connected(options, demand))
-
-
-def _nobody_at(address: str) -> str:
-    """Why nothing listens at HOST:PORT; empty where something does, and for addresses of another kind.
-
-    Ray waits a minute for a GCS, and may end the process then.
-    """
-    host, _, port = address.rpartition(":")
-    if "//" in address or not host or not port.isdigit():
-        return ""
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def _left(folder: Storage) -> Iterator[Finding]:

@@ -43,6 +43,9 @@ _LOOK_S = 0.25
 _WATCHED_S = 3.0
 """How long Ray may take to notice that a job is over, on a machine that is busy."""
 
+_TLS_ALERT = "\x15\x03"
+"""How a TLS server begins an answer to what is no TLS."""
+
 _GCS_PORT = 6379
 _RAY_CLIENT_PORT = 10001
 
@@ -94,9 +97,7 @@ class JobClient(JobSubmissionClient):
             version: dict[str, Any] = answer.json()
             version["ray_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise _unreachable(
-                self.address, f"It answers with status {answer.status_code}, but not as Ray's job API does."
-            ) from error
+            raise _unreachable(self.address, _odd(answer)) from error
         return version
 
     def job(self, submission_id: str) -> JobDetails | None:
@@ -163,10 +164,13 @@ class JobClient(JobSubmissionClient):
             AuthenticationError: The server refuses.
         """
         kwargs.setdefault("timeout", (CONNECT_TIMEOUT_S, READ_TIMEOUT_S))
+        # Ray's error does not tell which of both it was.
+        statuses: list[int] = []
+        kwargs["hooks"] = {"response": lambda answer, *_args, **_kwargs: statuses.append(answer.status_code)}
         try:
             answer = super()._do_request(method, endpoint, **kwargs)
         except RayAuthenticationError as error:
-            raise _refused(self.address, 401) from error
+            raise _refused(self.address, *(statuses[-1:] or [requests.codes.unauthorized])) from error
         except requests.exceptions.RequestException as error:
             raise _unreachable(self.address, _reason(error)) from error
         if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
@@ -194,6 +198,13 @@ def client_of(options: RayBackend, address: str) -> JobClient:
     return JobClient(address, options.headers, options.verify)
 
 
+def _odd(answer: requests.Response) -> str:
+    """What an answer that is not the job API's says."""
+    if answer.status_code == requests.codes.bad_request and "https" in answer.text.lower():
+        return "It serves https:// there, and was asked by http://."
+    return f"It answers with status {answer.status_code}, but not as Ray's job API does."
+
+
 def _reason(error: requests.exceptions.RequestException) -> str:
     """What a connection failed of, without the library's names around it."""
     match error:
@@ -205,6 +216,8 @@ def _reason(error: requests.exceptions.RequestException) -> str:
             return "It did not answer in time."
         case _:
             cause = _innermost(error)
+            if isinstance(cause, http.client.BadStatusLine) and str(cause).startswith(_TLS_ALERT):
+                return "It serves https:// there, and was asked by http://."
             if isinstance(cause, http.client.BadStatusLine) and not isinstance(cause, ConnectionError):
                 return "It does not speak HTTP: this is another port of Ray's, such as that of its GCS (6379)."
             if isinstance(cause, ConnectionResetError):

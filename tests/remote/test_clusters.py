@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
+import selectors
 import shutil
+import socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -15,10 +19,14 @@ from urllib.parse import urlsplit
 
 import pytest
 import trustme
+from flytekit import task
+from flytekit.exceptions.user import FlyteRecoverableException
 
 import kfpytorch_ray
 from kfpytorch_ray import (
+    AuthenticationError,
     ClusterUnreachableError,
+    ConfigError,
     Elastic,
     RayBackend,
     RunLostError,
@@ -30,9 +38,10 @@ from kfpytorch_ray import (
     launch,
 )
 from kfpytorch_ray.cluster.remote import versions
-from kfpytorch_ray.testing import HeadCluster, Relay, wait_until
+from kfpytorch_ray.testing import HeadCluster, Relay, meanwhile, wait_until
 
 TOKEN = "a-token-that-nobody-should-see-0123456789"
+WRONG_TOKEN = "another-token-that-nobody-should-see-0123"
 
 
 def answer() -> int:
@@ -108,52 +117,177 @@ def test_a_working_directory_that_cannot_be_sent(head: HeadCluster, storage: str
     assert runs_in(storage) == []
 
 
+def test_addresses_of_another_kind(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """The job API's port without a scheme, the GCS's with one, Ray Client, https and http swapped, and nobody."""
+    job_port, (_, context) = head.address.removeprefix("http://"), certificates(tmp_path)
+
+    def refused(address: str, error: type[Exception], words: str) -> None:
+        backend = RayBackend(address=address, storage=storage, working_dir="")
+        with pytest.raises(error, match=words):
+            launch(answer, elastic=Elastic(backend=backend))
+
+    refused(job_port, ConfigError, rf"HTTP is spoken there.*give address='http://{job_port}'")
+    refused(f"http://{head.gcs_address}", ClusterUnreachableError, r"(?s)does not speak HTTP.*GCS.*Fix: .*8265")
+    refused("ray://127.0.0.1:10001", ConfigError, "reached by its job API, 'http://HOST:8265'")
+    refused("127.0.0.1:1", ClusterUnreachableError, r"(?s)Nobody listens there.*Fix: .*http://HOST:8265")
+    refused(f"https://{job_port}", ClusterUnreachableError, "https:// was asked where http:// is served")
+    with served_by_tls(head, context) as relay:
+        refused(f"http://{relay.address}", ClusterUnreachableError, r"(?s)where https:// is served.*Fix: .*https://")
+    assert not Path(storage.removeprefix("file://")).exists()
+
+
+def certificates(folder: Path) -> tuple[str, ssl.SSLContext]:
+    """A file with an authority that nobody knows, and what a server with a certificate of it needs."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    return str(folder / "ca.pem"), context
+
+
+def served_by_tls(head: HeadCluster, context: ssl.SSLContext) -> Relay:
+    at = urlsplit(head.address)
+    return Relay(str(at.hostname), int(at.port or 0), tls=context)
+
+
 WITH_A_TOKEN = """
 import sys
-from kfpytorch_ray import Elastic, KfpytorchRayError, RayBackend, launch
+from kfpytorch_ray import Elastic, KfpytorchRayError, RayBackend, attach, launch
 
-address, storage, verify = sys.argv[1:]
-backend = RayBackend(address=address, storage=storage, working_dir="", verify=verify or True)
+address, storage, working_dir, verify, run_id = sys.argv[1:]
+backend = RayBackend(
+    address=address, storage=storage, working_dir=working_dir, verify=False if verify == "False" else verify or True
+)
 try:
-    run = launch(lambda: 42, elastic=Elastic(backend=backend), wait=False)
+    if not run_id:
+        from helper import work
+
+        run = launch(work, elastic=Elastic(backend=backend), wait=False)
+    else:
+        run = attach(run_id, backend=backend)
     print(*run.logs(follow=True), sep="\\n")
-    print("returned", run.result(keep=True)[0].return_value, repr(run))
+    print("status", run._job.look().message)
+    print("returned", run.result(keep=True)[0].return_value, "by", run.run_id, repr(run), repr(backend))
 except KfpytorchRayError as error:
     print(type(error).__name__, error)
 """
 
 
 def test_token_and_certificate(package: dict[str, str], storage: str, tmp_path: Path) -> None:
-    """Behind TLS with a certificate of one's own and with Ray's token a launch works; without either it says which."""
-    authority = trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    trusted = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(trusted)
-    with HeadCluster(nodes=1, cpus=2, token=TOKEN, env=package) as head:
-        at = urlsplit(head.address)
-        with Relay(str(at.hostname), int(at.port or 0), tls=context) as relay:
+    """Behind TLS with a certificate of one's own and with Ray's token a launch works; without either it says which.
 
-            def said(verify: str, **variables: str) -> str:
-                command = [sys.executable, "-c", WITH_A_TOKEN, relay.url, storage, verify]
-                environment = {**os.environ, **variables}
-                done = subprocess.run(
-                    command, env=environment, capture_output=True, text=True, timeout=240, check=False
-                )
-                return done.stdout + done.stderr
+    The working directory and the log go the same way. Nowhere is a token shown, be it the right one or a wrong one.
+    """
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "helper.py").write_text("def work():\n    print('working')\n    return 42\n")
+    trusted, context = certificates(tmp_path)
+    with (
+        HeadCluster(nodes=1, cpus=2, token=TOKEN, env=package) as head,
+        served_by_tls(head, context) as relay,
+    ):
 
-            token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": head.token_file}
-            outputs = [said("", **token), said(str(trusted)), said(str(trusted), **token)]
+        def said(verify: str, run_id: str = "", **variables: str) -> str:
+            command = [sys.executable, "-c", WITH_A_TOKEN, relay.url, storage, str(project), verify, run_id]
+            environment = {**os.environ, **variables}
+            done = subprocess.run(
+                command, env=environment, cwd=project, capture_output=True, text=True, timeout=240, check=False
+            )
+            return done.stdout + done.stderr
+
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": head.token_file}
+        outputs = [
+            said("", **token),
+            said(trusted),
+            said(trusted, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=WRONG_TOKEN),
+            said(trusted, **token),
+        ]
+        (run,) = runs_in(storage)
+        outputs.append(said("False", run, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN))
+        outputs.append(json.dumps(head.jobs()))
+        kept = [path for path in Path(head.temp_dir).parent.rglob("session_*/logs/**/*") if path.is_file()]
+        logs = [path.read_bytes() for path in kept]
     assert "certificate was not accepted" in outputs[0]
-    assert "AuthenticationError" in outputs[1]
-    assert "RAY_AUTH_TOKEN" in outputs[1]
-    assert "returned 42" in outputs[2]
+    for output in outputs[1:3]:
+        assert "AuthenticationError" in output
+        assert "RAY_AUTH_TOKEN" in output
+    for output in outputs[3:5]:
+        assert "[rank 0] working" in output
+        assert f"returned 42 by {run}" in output
+    assert run in outputs[5]
     written = [path.read_bytes() for path in Path(storage.removeprefix("file://")).rglob("*") if path.is_file()]
-    assert not any(TOKEN.encode() in content for content in [*written, "".join(outputs).encode()])
+    assert written
+    assert any(run.encode() in log for log in logs)
+    shown = [*written, *logs, "".join(outputs).encode()]
+    assert not any(secret.encode() in content for content in shown for secret in (TOKEN, WRONG_TOKEN))
 
 
-def test_a_cluster_that_dies(package: dict[str, str], storage: str) -> None:
-    """What has ended can be taken when the head is gone; what was running is an error that may be retried."""
+class Gate(socketserver.ThreadingTCPServer):
+    """A proxy that lets nobody pass who does not send the header ``X-Gate: open``.
+
+    Args:
+        server: ``http://HOST:PORT`` behind it.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, server: str) -> None:
+        self.behind = (str(urlsplit(server).hostname), int(urlsplit(server).port or 0))
+        super().__init__(("127.0.0.1", 0), Visit)
+
+
+class Visit(socketserver.BaseRequestHandler):
+    """One connection; what follows its first request has passed with that."""
+
+    def handle(self) -> None:
+        request = b""
+        while b"\r\n\r\n" not in request and (more := self.request.recv(65536)):
+            request += more
+        if b"\r\nx-gate: open\r\n" not in request.lower():
+            self.request.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return
+        assert isinstance(self.server, Gate)
+        with socket.create_connection(self.server.behind) as behind, selectors.DefaultSelector() as ready:
+            behind.sendall(request)
+            for source, sink in ((self.request, behind), (behind, self.request)):
+                ready.register(source, selectors.EVENT_READ, sink)
+            while True:
+                for key, _ in ready.select():
+                    if not (data := key.fileobj.recv(65536)):  # type: ignore[union-attr]
+                        return
+                    key.data.sendall(data)
+
+
+def test_a_proxy_that_asks_for_a_header(
+    head: HeadCluster, storage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With it the whole way is open: working directory, job, log. Without it the error tells where it is given."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "data.txt").write_text("42")
+
+    def work() -> int:
+        print("working")
+        return int(Path("data.txt").read_text())
+
+    with Gate(head.address) as gate:
+        threading.Thread(target=gate.serve_forever, args=(0.05,)).start()
+        try:
+            address = f"http://127.0.0.1:{gate.server_address[1]}"
+            backend = RayBackend(address=address, storage=storage, working_dir=str(tmp_path / "project"))
+            with pytest.raises(AuthenticationError, match=r"(?s)refuses this \(403\).*headers="):
+                launch(answer, elastic=Elastic(backend=backend))
+            backend = dataclasses.replace(backend, headers={"X-Gate": "open"})
+            assert launch(work, elastic=Elastic(backend=backend))[0].return_value == 42
+        finally:
+            gate.shutdown()
+    assert "[rank 0] working" in capfd.readouterr().out
+
+
+def test_a_cluster_that_dies(package: dict[str, str], storage: str, tmp_path: Path) -> None:
+    """What has ended can be taken when the head is gone; what was running is an error that may be retried.
+
+    In a task it is one that Flyte retries.
+    """
 
     def work() -> None:
         threading.Event().wait()
@@ -163,8 +297,19 @@ def test_a_cluster_that_dies(package: dict[str, str], storage: str) -> None:
         ended = launch(lambda: "value", elastic=Elastic(backend=backend), wait=False)
         assert ended.result(keep=True)[0].return_value == "value"
         running = launch(work, elastic=Elastic(backend=backend), wait=False)
-        wait_until(lambda: running.status() is RunStatus.RUNNING, "the run to begin")
-        head.kill()
+        note = tmp_path / "note"
+
+        @task(task_config=Elastic(backend=backend))
+        def train(note: str) -> None:
+            Path(note).touch()
+            threading.Event().wait()
+
+        def die() -> None:
+            wait_until(lambda: note.exists() and running.status() is RunStatus.RUNNING, "both runs to begin")
+            head.kill()
+
+        with meanwhile(die), pytest.raises(FlyteRecoverableException, match="cannot be reached|is over"):
+            train(note=str(note))
         with pytest.raises((ClusterUnreachableError, RunLostError)) as caught:
             running.result()
         assert caught.value.retryable

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kfpytorch_ray import AuthenticationError, ClusterError, ClusterUnreachableError, ConfigError
+from kfpytorch_ray.cluster.listening import nobody_at, speaks_http
 from kfpytorch_ray.cluster.remote.client import JobClient
 
 VERSION = {"version": "4", "ray_version": "2.60.0", "session_name": "session_1"}
@@ -87,7 +88,7 @@ def test_who_is_refused_is_told_what_to_give(status: int) -> None:
     """And no token is repeated."""
     with answering(status, "no") as address:
         client = JobClient(address, {"Authorization": "Bearer s3cret"})
-        with pytest.raises(AuthenticationError, match="RAY_AUTH_TOKEN") as caught:
+        with pytest.raises(AuthenticationError, match=rf"(?s)\({status}\).*RAY_AUTH_TOKEN") as caught:
             client.version()
     assert "s3cret" not in str(caught.value) + repr(caught.value) + repr(client)
 
@@ -159,3 +160,33 @@ def test_certificates_that_are_not_there(tmp_path: Path) -> None:
     """A wrong path is the user's mistake, found before anything is asked."""
     with pytest.raises(ConfigError, match="verify"):
         JobClient("https://127.0.0.1:1", verify=str(tmp_path / "ca.pem"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["The plain HTTP request was sent to HTTPS port", "Client sent an HTTP request to an HTTPS server.\n"],
+    ids=["nginx", "Go"],
+)
+def test_http_where_a_proxy_serves_https(body: str) -> None:
+    """Proxies say so in words of their own."""
+    with answering(400, body) as address, pytest.raises(ClusterUnreachableError, match="serves https://"):
+        JobClient(address).version()
+
+
+def test_http_where_a_tls_server_answers_with_an_alert() -> None:
+    """As OpenSSL does for those that do not close at once."""
+    with saying(b"\x15\x03\x01\x00\x02\x02\x46") as address, pytest.raises(ClusterUnreachableError, match="https://"):
+        JobClient(address).version()
+
+
+def test_who_listens(tmp_path: Path) -> None:
+    """A job server speaks HTTP/1, also where it asks for a token; a GCS, which speaks gRPC, does not."""
+    with answering(401, "") as address:
+        assert speaks_http(address.removeprefix("http://"))
+    with saying(b"\x00\x00\x06\x04\x00\x00\x00\x00\x00") as address:
+        where = address.removeprefix("http://")
+        assert not speaks_http(where)
+        assert nobody_at(where) == ""
+    assert "refused" in nobody_at("127.0.0.1:1")
+    assert not speaks_http("127.0.0.1:1")
+    assert nobody_at("auto") == nobody_at("http://127.0.0.1:1") == ""
