@@ -53,6 +53,12 @@ OUTCOME_RECORD = "outcome.pkl"
 OUTCOME = "outcome.json"
 COLLECTED = "collected.json"
 
+CLUSTERS = "clusters"
+"""Beside the runs: what clusters have answered before a launch, and what they are being asked."""
+
+STALE_S = 24 * 3600.0
+"""After a day a cluster is asked again: rights on a storage change. What is older and nobody's is left over."""
+
 _RUNS = "runs"
 _RUN_ID = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 
@@ -315,6 +321,27 @@ def remove_run(storage: Storage, run_id: str) -> None:
         if name != MANIFEST:
             folder.remove(name)
     folder.remove()
+
+
+def stale_files(storage: Storage, now: float | None = None) -> list[str]:
+    """Names of files and folders that nobody will come back to: old answers of clusters, launches cut short.
+
+    Args:
+        storage: The storage.
+        now: Seconds since the epoch. None: now.
+
+    Raises:
+        StorageError: The storage cannot be read.
+    """
+    before = (time.time() if now is None else now) - STALE_S
+    names = [f"{CLUSTERS}/{name}" for name in storage.folder(CLUSTERS).names()]
+    names += [
+        f"{_RUNS}/{run_id}"
+        for run_id in storage.folder(_RUNS).names()
+        # A manifest is what a launch writes first.
+        if _RUN_ID.fullmatch(run_id) and MANIFEST not in run_folder(storage, run_id).names()
+    ]
+    return [name for name in names if (changed := storage.changed_at(name)) is not None and changed < before]
 
 
 def _manifest(storage: Storage, data: bytes, run_id: str) -> Manifest:

@@ -155,6 +155,18 @@ class Storage:
                 return []
         return sorted({Path(path).name for path in found if path.rstrip("/") != self._root})
 
+    def changed_at(self, name: str) -> float | None:
+        """When a file, or the newest file in a folder, was written, in seconds since the epoch; None if nobody knows.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+        with self._told("read", name), contextlib.suppress(FileNotFoundError, NotImplementedError):
+            self._files.invalidate_cache()
+            path = self._path(name)
+            return max(float(self._files.modified(each).timestamp()) for each in self._files.find(path) or [path])
+        return None
+
     def remove(self, name: str = "") -> None:
         """Remove a file or a folder with all that is in it; the folder itself without a name. May be gone already.
 

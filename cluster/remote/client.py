@@ -170,7 +170,7 @@ class JobClient(JobSubmissionClient):
         try:
             answer = super()._do_request(method, endpoint, **kwargs)
         except RayAuthenticationError as error:
-            raise _refused(self.address, *(statuses[-1:] or [requests.codes.unauthorized])) from error
+            raise _refused(self.address, statuses[-1] if statuses else http.HTTPStatus.UNAUTHORIZED) from error
         except requests.exceptions.RequestException as error:
             raise _unreachable(self.address, _reason(error)) from error
         if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):

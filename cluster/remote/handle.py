@@ -136,16 +136,7 @@ class RemoteRun:
         """Stop it and wait until it is stopped."""
         if (status := self.status()).ended:
             return status
-        try:
-            self._job.stop(self._options.stop_grace_s + _STOP_WAIT_S)
-        except TimeoutError as error:
-            raise ClusterError(
-                explain(
-                    f"The run {self.run_id} was told to stop and still runs.",
-                    str(error),
-                    f"Look at its job in {self._job.place}, and stop it there.",
-                )
-            ) from error
+        stop_job(self._job, self.run_id, self._options)
         if read_outcome(self._folder) is None:
             # Its driver was not at work yet, or was killed; whoever asks later may find no job any more.
             write_failure(self._folder, self._stopped("It was cancelled before its driver could say how it ended."))
@@ -327,6 +318,24 @@ class RemoteRun:
 
     def _stopped(self, why: str) -> RunStoppedError:
         return RunStoppedError(explain(f"The run {self.run_id} was stopped.", why, "Launch it again."))
+
+
+def stop_job(job: ClusterJob, run_id: str, options: StoredRunOptions) -> None:
+    """Stop a run's job, and return when it is.
+
+    Raises:
+        ClusterError: It does not end.
+    """
+    try:
+        job.stop(options.stop_grace_s + _STOP_WAIT_S)
+    except TimeoutError as error:
+        raise ClusterError(
+            explain(
+                f"The run {run_id} was told to stop and still runs.",
+                str(error),
+                f"Look at its job in {job.place}, and stop it there.",
+            )
+        ) from error
 
 
 def _collect_if_taken(downloads: Downloads, folder: Storage) -> None:

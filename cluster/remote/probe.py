@@ -1,12 +1,14 @@
 """A look at a remote cluster before anything is sent to it: which versions run there, and does it reach the storage?
 
 Only a process of the cluster can tell, so a small job is submitted (this module is its entrypoint, too). It reads what
-was written here and answers in the same place, which proves the storage in both directions. The answer stays there for
-as long as the head lives, so that only the first launch waits for it.
+was written here and answers in the same place, which proves the storage in both directions. The answer counts for a
+day, while the head lives, so that only the first launch waits for it. Rights that the cluster loses meanwhile are seen
+by the run's driver, which can leave no outcome then: they are in the last lines of the error of a lost run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shlex
@@ -19,13 +21,9 @@ from typing import Any
 from kfpytorch_ray.cluster.remote.client import JobClient
 from kfpytorch_ray.cluster.remote.versions import SEND_IT, Versions, here
 from kfpytorch_ray.errors import ClusterError, KfpytorchRayError, StorageError, VersionMismatchError, explain
+from kfpytorch_ray.runs import CLUSTERS, STALE_S
 from kfpytorch_ray.storage import Storage
 
-PROBES = "clusters"
-"""Folder of the storage with what clusters have answered."""
-
-_LASTS_S = 24 * 3600.0
-"""After a day the cluster is asked again: rights on a storage change."""
 _TIMEOUT_S = 600.0
 """pip packages of a runtime environment may have to be installed first."""
 _MODULE = "kfpytorch_ray"
@@ -61,9 +59,9 @@ def probe(client: JobClient, storage: Storage, runtime_env: dict[str, Any], *, f
         StorageError: The storage cannot be written here, or cannot be read and written there.
     """
     name = f"{_name(client.version(), storage, runtime_env)}.json"
-    folder = storage.folder(PROBES)
+    folder = storage.folder(CLUSTERS)
     known = None if fresh else folder.read(name)
-    if known is not None and time.time() - (answer := _parsed(known)).asked_at < _LASTS_S:
+    if known is not None and time.time() - (answer := _parsed(known)).asked_at < STALE_S:
         return answer
     # Others may ask at the same time.
     question, nonce = uuid.uuid4().hex, uuid.uuid4().hex
@@ -72,8 +70,10 @@ def probe(client: JobClient, storage: Storage, runtime_env: dict[str, Any], *, f
         _run(client, folder, question, runtime_env)
         said = folder.read(f"{question}.answer")
     finally:
-        for file in (f"{question}.question", f"{question}.answer"):
-            folder.remove(file)
+        # What went wrong before counts, and is most often the reason why this does, too.
+        with contextlib.suppress(StorageError):
+            for file in (f"{question}.question", f"{question}.answer"):
+                folder.remove(file)
     if said is None or json.loads(said)["nonce"] != nonce:
         raise _not_shared(storage, "The cluster has answered, but not here: it sees another folder under this name.")
     folder.write(name, said)

@@ -18,7 +18,7 @@ from typing import Any
 
 from kfpytorch_ray.cluster.remote import driver
 from kfpytorch_ray.cluster.remote.client import JobClient, client_of
-from kfpytorch_ray.cluster.remote.handle import RemoteRun
+from kfpytorch_ray.cluster.remote.handle import RemoteRun, stop_job
 from kfpytorch_ray.cluster.remote.probe import probe
 from kfpytorch_ray.cluster.remote.ray_job import RayJob
 from kfpytorch_ray.cluster.remote.versions import here, refuse_mismatch
@@ -26,9 +26,9 @@ from kfpytorch_ray.cluster.remote.working_dir import check, survey
 from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.cluster.runtime_env import driver_environment, runtime_env_of
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.errors import KfpytorchRayError, VersionMismatchError
+from kfpytorch_ray.errors import KfpytorchRayError, UnknownRunError, VersionMismatchError
 from kfpytorch_ray.notices import tell
-from kfpytorch_ray.runs import REQUEST, Manifest, run_folder
+from kfpytorch_ray.runs import REQUEST, Manifest, read_manifest, run_folder
 from kfpytorch_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def submit(request: RayRequest, manifest: Manifest, options: RayBackend, to: Des
     folder = run_folder(to.storage, manifest.run_id)
     attempt = attempt_in(os.environ)
     if attempt is not None:
-        _end_earlier_attempts(to.client, attempt)
+        _end_earlier_attempts(to, attempt, options)
     try:
         data = pickle.dumps((request, _inside(options)))
         sha256 = folder.upload(REQUEST, [data]).sha256
@@ -145,14 +145,27 @@ def attempt_in(environment: Mapping[str, str]) -> Attempt | None:
     return Attempt(hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32], int(number))
 
 
-def _end_earlier_attempts(client: JobClient, attempt: Attempt) -> None:
-    """Stop what an attempt whose pod was lost has left running: this one takes its place, and its nodes."""
-    for job in client.list_jobs():
+def _end_earlier_attempts(to: Destination, attempt: Attempt, options: RayBackend) -> None:
+    """Stop what an attempt whose pod was lost has left running: this one takes its place, and its nodes.
+
+    Raises:
+        ClusterError: It does not end.
+    """
+    for job in to.client.list_jobs():
         name = job.submission_id
         if name and attempt.follows(job.metadata or {}) and not job.status.is_terminal():
             tell(f"an earlier attempt of this task still runs as {name}; it is stopped.")
-            client.stop_job(name)
-            client.wait_until_over(name)
+            _end(to, RayJob(to.client, name), name, options)
+
+
+def _end(to: Destination, job: RayJob, run_id: str, options: RayBackend) -> None:
+    try:
+        manifest = read_manifest(to.storage, run_id)
+    except UnknownRunError:
+        # It was staged in another storage, where its driver leaves how it ended.
+        stop_job(job, run_id, options)
+    else:
+        RemoteRun(manifest, run_folder(to.storage, run_id), options, lambda: job).cancel()
 
 
 def _refuse_other_versions(client: JobClient, storage: Storage, runtime_env: dict[str, Any]) -> None:

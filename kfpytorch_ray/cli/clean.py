@@ -15,7 +15,8 @@ from kfpytorch_ray.cli.reaching import Standing, standings
 from kfpytorch_ray.cli.reporting import print_json, span
 from kfpytorch_ray.errors import StorageError, explain
 from kfpytorch_ray.run import RunStatus
-from kfpytorch_ray.runs import RunSummary, expired_runs, remove_run
+from kfpytorch_ray.runs import RunSummary, expired_runs, remove_run, stale_files
+from kfpytorch_ray.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ def gc(
     """Remove from the storage what old runs have left.
 
     Old is a run whose retention is over. A run at work stays; one that has left no outcome, and whose cluster does not
-    say that it was stopped, stays for its retention. Outputs and checkpoints of functions are never removed.
+    say that it was stopped, stays for its retention. What launches that were cut short and clusters that were looked at
+    have left goes after a day. Outputs and checkpoints of functions are never removed.
     """
     reach = Reach(storage, address, verify)
     place = reach.open_storage()
@@ -96,18 +98,34 @@ def gc(
         except StorageError as error:
             failed.append((run_id, error))
         else:
-            if not as_json:
-                click.echo(f"{'would remove' if dry_run else 'removed'} {run_id}")
+            _say_removed(run_id, dry_run, as_json)
+    stale = _remove_stale(place, now, dry_run=dry_run)
+    for name in stale:
+        _say_removed(name, dry_run, as_json)
     gone = [run.manifest.run_id for run in removed if run.manifest.run_id not in dict(failed)]
     if failed:
         raise _not_removed(place.uri, failed)
     if as_json:
         stay = [{"run_id": one.run.manifest.run_id, "reason": one.why} for one in kept]
-        print_json({"removed": gone, "kept": stay, "dry_run": dry_run})
+        print_json({"removed": gone, "kept": stay, "stale": stale, "dry_run": dry_run})
         return
     for one in kept:
         click.echo(f"kept {one.run.manifest.run_id}: {one.why}", err=True)
-    click.echo(f"{len(gone)} removed." if gone else "Nothing to remove.", err=True)
+    removals = len(gone) + len(stale)
+    click.echo(f"{removals} removed." if removals else "Nothing to remove.", err=True)
+
+
+def _remove_stale(place: Storage, now: float, *, dry_run: bool) -> list[str]:
+    stale = stale_files(place, now)
+    for name in stale:
+        if not dry_run:
+            place.remove(name)
+    return stale
+
+
+def _say_removed(name: str, dry_run: bool, as_json: bool) -> None:
+    if not as_json:
+        click.echo(f"{'would remove' if dry_run else 'removed'} {name}")
 
 
 def _not_removed(where: str, failed: list[tuple[str, StorageError]]) -> StorageError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -34,7 +36,11 @@ from pathlib import Path
 
 def work(gate):
     print("begun", flush=True)
+    number = 0
     while not Path(gate).exists():
+        print(f"tick {number}", flush=True)
+        number += 1
+        Path(gate).with_name("ticks").write_text(str(number))
         threading.Event().wait(0.05)
     return "done"
 """
@@ -69,7 +75,9 @@ class Laptop:
 
 
 @contextmanager
-def laptop(head: HeadCluster, storage: str, folder: Path, options: str = "{}") -> Iterator[Laptop]:
+def laptop(
+    head: HeadCluster, storage: str, folder: Path, options: str = "{}", terminal: int | None = None
+) -> Iterator[Laptop]:
     project = folder / "project"
     project.mkdir()
     (project / "script.py").write_text(SCRIPT)
@@ -79,9 +87,9 @@ def laptop(head: HeadCluster, storage: str, folder: Path, options: str = "{}") -
         process = subprocess.Popen(
             [sys.executable, "script.py", head.address, storage, str(gate), options],
             cwd=project,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if terminal is None else terminal,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT if terminal is None else terminal,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
     try:
@@ -145,3 +153,64 @@ def test_a_killed_script_with_a_lease_ends_its_run(head: HeadCluster, storage: s
         wait_until(lambda: script.status() is RunStatus.STOPPED, "the run to stop itself")
         with pytest.raises(RunStoppedError, match="no sign of life"):
             attach(script.run_id(), storage=storage).result()
+
+
+A_SLEEP = 400
+"""In ticks of 50 ms: more than it takes the script, when it is awake again, to find its connection dead."""
+
+
+def test_a_script_that_sleeps(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """As with a lid that is closed: no line is lost, a lease that has not run out is kept again, the result arrives."""
+    lease_s = 60
+
+    def ticks() -> int:
+        counter = tmp_path / "ticks"
+        return int(counter.read_text() or 0) if counter.exists() else 0
+
+    with laptop(head, storage, tmp_path, f'{{"lease_s": {lease_s}}}') as script:
+        script.wait_for("tick 20\n")
+        lease = Path(storage.removeprefix("file://"), "runs", script.run_id(), "lease")
+        script.process.send_signal(signal.SIGSTOP)
+        kept, before = lease.read_bytes(), ticks()
+        wait_until(lambda: ticks() > before + A_SLEEP, "the script to sleep for a while")
+        assert lease.read_bytes() == kept
+        assert f"tick {before + A_SLEEP // 2}\n" not in script.output()
+        script.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: lease.read_bytes() != kept, "its lease to be kept again")
+        script.wait_for(f"tick {before + A_SLEEP}\n")
+        script.gate.touch()
+        assert script.process.wait(120) == 0
+        assert "result: done" in script.output()
+        numbers = [int(number) for number in re.findall(r"tick (\d+)\n", script.output())]
+        assert numbers == list(range(ticks()))
+
+
+@pytest.mark.parametrize(("answer", "status"), [("d", RunStatus.RUNNING), ("s", RunStatus.STOPPED)])
+def test_an_interruption_at_a_terminal_asks(
+    head: HeadCluster, storage: str, tmp_path: Path, answer: str, status: RunStatus
+) -> None:
+    """Ctrl-C, and then what the person answers is done: leave it running, or stop it."""
+    person, terminal = pty.openpty()
+    shown = bytearray()
+
+    def sees(text: str) -> bool:
+        while select.select([person], [], [], 0)[0]:
+            shown.extend(os.read(person, 4096))
+        return text in shown.decode(errors="replace")
+
+    with laptop(head, storage, tmp_path, terminal=terminal) as script:
+        wait_until(lambda: sees("") or "begun" in script.output(), "the run to begin")
+        script.wait_for("begun")
+        script.process.send_signal(signal.SIGINT)
+        wait_until(lambda: sees("[d]etach"), "the question")
+        os.write(person, f"{answer}\n".encode())
+        assert script.process.wait(120) != 0
+        said = "goes on" if answer == "d" else "is stopped."
+        wait_until(lambda: sees(said), "what became of it")
+        run_id = re.search(r"the run (kfr-[a-z0-9-]+) is submitted", shown.decode())
+        assert run_id is not None
+        run = attach(run_id[1], storage=storage)
+        assert run.status() is status
+        assert run.cancel() is RunStatus.STOPPED
+    os.close(person)
+    os.close(terminal)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 import flytekit
 import pytest
@@ -23,6 +24,7 @@ from flytekit.exceptions.user import FlyteUserRuntimeException
 
 import kfpytorch_ray
 from kfpytorch_ray import (
+    ClusterUnreachableError,
     ConfigError,
     Elastic,
     IntegrityError,
@@ -39,7 +41,7 @@ from kfpytorch_ray import (
 )
 from kfpytorch_ray.cluster.remote.client import JobClient
 from kfpytorch_ray.results import Outcome
-from kfpytorch_ray.testing import HeadCluster, wait_until
+from kfpytorch_ray.testing import HeadCluster, Relay, wait_until
 
 ODD = """
 class OddError(ValueError):
@@ -194,6 +196,29 @@ def test_what_was_not_fetched_is_not_removed(head: HeadCluster, storage: str) ->
         run.result()
 
 
+def test_a_run_is_found_by_another_address(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """A tunnel ends at another port than the one that it was launched by, and than the one that it has later."""
+
+    def work(gate: str) -> str:
+        print("begun")
+        while not Path(gate).exists():
+            threading.Event().wait(0.05)
+        return "done"
+
+    where = urlsplit(head.address)
+    with Relay(str(where.hostname), int(where.port or 0)) as relay:
+        run = launch(work, str(tmp_path / "gate"), elastic=elastic(head, storage, address=relay.url), wait=False)
+    with pytest.raises(ClusterUnreachableError):
+        attach(run.run_id, storage=storage).status()
+    found = attach(run.run_id, backend=RayBackend(address=head.address, storage=storage))
+    assert not found.status().ended
+    lines = found.logs(follow=True, rank=0)
+    assert "begun" in next(lines)
+    (tmp_path / "gate").touch()
+    assert list(lines) == []
+    assert found.result()[0].return_value == "done"
+
+
 def test_the_last_lines_of_every_rank_are_in_the_log(head: HeadCluster, storage: str) -> None:
     """Also of ranks that print the same, which Ray would pass on once; what was kept of the log has them as well."""
 
@@ -328,6 +353,8 @@ def test_a_later_attempt_ends_an_earlier_one(
     assert first.status() is RunStatus.STOPPED
     assert other_node.status() is RunStatus.RUNNING
     assert second.status() is RunStatus.RUNNING
+    staged = Path(storage.removeprefix("file://"), "runs").glob("*/request.pkl")
+    assert {path.parent.name for path in staged} == {other_node.run_id, second.run_id}
     assert {run.cancel() for run in (second, other_node)} == {RunStatus.STOPPED}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -510,6 +511,34 @@ def test_a_run_that_has_not_ended_is_not_waited_for_longer(ended: Any) -> None:
 
 
 # gc
+
+
+def test_gc_removes_what_was_cut_short(detached: Any, storage: Storage, tmp_path: Path) -> None:
+    """Answers of clusters, questions, and what was staged for a launch that never was: all of it when it is old."""
+    root = tmp_path / "storage"
+    old = (
+        "clusters/a.json",
+        "clusters/b.question",
+        "clusters/.c.json.0123",
+        "runs/kfr-half/inputs/x/data",
+        "runs/kfr-0",
+    )
+    new = ("clusters/d.json", "clusters/e.question", "runs/kfr-staging/inputs/y/data", "outputs/kfr-half/model")
+    for name in (*old, *new):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x") if name != "runs/kfr-0" else (root / name).mkdir()
+    for name in (*old, new[-1]):
+        os.utime(root / name, (time.time() - 25 * 3600,) * 2)
+    a_run(storage, "kfr-mine", "succeeded")
+    gone = ["clusters/.c.json.0123", "clusters/a.json", "clusters/b.question", "runs/kfr-0", "runs/kfr-half"]
+    assert cli("gc", "--dry-run").stdout.splitlines() == [f"would remove {name}" for name in gone]
+    assert json.loads(cli("gc", "--json").stdout)["stale"] == gone
+    assert {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} == {
+        *new,
+        "runs/kfr-mine/manifest.json",
+        "runs/kfr-mine/outcome.json",
+    }
+    assert "Nothing to remove" in cli("gc").stderr
 
 
 def test_gc_removes_what_is_over_and_nothing_that_may_be_at_work(detached: Any, storage: Storage) -> None:

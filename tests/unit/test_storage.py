@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def test_files_and_folders_are_listed_by_name(storage: Storage) -> None:
     assert storage.names() == ["b", "folder"]
     storage.remove("folder")
     assert storage.names() == ["b"]
+
+
+def test_when_it_was_written(storage: Storage) -> None:
+    """Of a file, and of the newest file in a folder; nobody knows of what is not there."""
+    before = time.time() - 2
+    storage.write("folder/old", b"x")
+    storage.write("folder/deep/new", b"x")
+    newest = storage.changed_at("folder/deep/new")
+    assert newest is not None
+    assert before <= newest <= time.time() + 2
+    assert storage.changed_at("folder") == newest
+    assert storage.changed_at("nothing") is None
 
 
 def test_large_files_are_streamed_and_hashed(storage: Storage, tmp_path: Path) -> None:

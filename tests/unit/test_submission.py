@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flytekit import FlyteFile
+from ray.job_submission import JobDetails
 
 from kfpytorch_ray import ClusterError, PayloadError, RayBackend, StorageError
 from kfpytorch_ray.adapters.raycluster import RayAdapter
@@ -147,6 +148,44 @@ def test_other_tasks_are_left_alone(other: dict[str, str]) -> None:
 def test_where_the_attempt_cannot_be_told_there_is_none(environment: dict[str, str]) -> None:
     """Stopping somebody else's run would be worse than leaving one."""
     assert attempt_in(environment) is None
+
+
+@dataclass
+class Stuck(Cluster):
+    """Runs the job of an earlier attempt, which does not end."""
+
+    def list_jobs(self) -> list[Any]:
+        metadata = attempt(FLYTE_ATTEMPT_NUMBER="1", HOSTNAME="f1-n0-0-1").metadata
+        return [
+            JobDetails(
+                type="SUBMISSION", submission_id="kfr-before", status="RUNNING", metadata=metadata, entrypoint=""
+            )
+        ]
+
+    def job(self, submission_id: str) -> object | None:
+        return self.list_jobs()[0]
+
+    def wait_until_over(self, submission_id: str, timeout_s: float | None = None) -> None:
+        assert timeout_s is not None
+        msg = f"it is RUNNING after {timeout_s:g} s"
+        raise TimeoutError(msg)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_earlier_attempt_that_does_not_end(storage: Storage, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """It is waited for with an end, and nothing is sent; so where it was staged in another storage."""
+    for name, value in ATTEMPT.items():
+        monkeypatch.setenv(name, value)
+    if known:
+        run_folder(storage, "kfr-before").write("manifest.json", replace(RUN, run_id="kfr-before").to_json())
+    cluster = Stuck()
+    with pytest.raises(
+        ClusterError, match=r"(?s)kfr-before was told to stop and still runs.*RUNNING after \d+ s.*Fix:"
+    ):
+        send(cluster, storage)
+    assert cluster.stopped == ["kfr-before"]
+    assert cluster.submitted == {}
+    assert storage.folder("runs").names() == ["kfr-before"] * known
 
 
 def test_the_attempt_is_in_the_jobs_metadata(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
