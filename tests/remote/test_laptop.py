@@ -83,9 +83,10 @@ def laptop(
     (project / "script.py").write_text(SCRIPT)
     (project / "helper.py").write_text(HELPER)
     gate = folder / "gate"
+    own_terminal = [] if terminal is None else ["setsid", "--ctty"]
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "script.py", head.address, storage, str(gate), options],
+            [*own_terminal, sys.executable, "script.py", head.address, storage, str(gate), options],
             cwd=project,
             stdin=subprocess.DEVNULL if terminal is None else terminal,
             stdout=output,
@@ -155,6 +156,7 @@ def test_a_killed_script_with_a_lease_ends_its_run(head: HeadCluster, storage: s
             attach(script.run_id(), storage=storage).result()
 
 
+CTRL_C = b"\x03"
 A_SLEEP = 400
 """In ticks of 50 ms: more than it takes the script, when it is awake again, to find its connection dead."""
 
@@ -201,7 +203,7 @@ def test_an_interruption_at_a_terminal_asks(
     with laptop(head, storage, tmp_path, terminal=terminal) as script:
         wait_until(lambda: sees("") or "begun" in script.output(), "the run to begin")
         script.wait_for("begun")
-        script.process.send_signal(signal.SIGINT)
+        os.write(person, CTRL_C)
         wait_until(lambda: sees("[d]etach"), "the question")
         os.write(person, f"{answer}\n".encode())
         assert script.process.wait(120) != 0
