@@ -40,6 +40,8 @@ class ExitCode(IntEnum):
     STOPPED = 6
     INTERRUPTED = 130
     """A shell's for a process that SIGINT ended."""
+    TERMINATED = 143
+    """The same for SIGTERM."""
 
 
 MEANINGS: Mapping[ExitCode, str] = {
@@ -51,6 +53,7 @@ MEANINGS: Mapping[ExitCode, str] = {
     ExitCode.RUNNING: "the run has not ended yet (result --timeout)",
     ExitCode.STOPPED: "the run was stopped: cancelled, or its lease ran out",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
+    ExitCode.TERMINATED: "ended by SIGTERM, in order",
 }
 """For people, in one line each."""
 

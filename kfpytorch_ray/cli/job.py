@@ -12,7 +12,7 @@ from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.cli.options import headers, overlaid
 from kfpytorch_ray.cli.targets import Target
 from kfpytorch_ray.cli.travel import working_dir_for
-from kfpytorch_ray.config import Elastic, KubeRayBackend, RayBackend
+from kfpytorch_ray.config import DEFAULT_WORKING_DIR_EXCLUDES, Elastic, KubeRayBackend, RayBackend
 from kfpytorch_ray.errors import ConfigError
 
 DEFAULT_BACKEND = RayBackend.name
@@ -27,13 +27,17 @@ class Wanted:
         elastic: Fields of ``Elastic``.
         backend: Name of the backend; None: as the task or the environment says.
         options: Fields of the backend's options object.
-        env: Environment variables of the workers.
+        env: Environment variables of the workers, beside those of the task's options.
+        excludes: Patterns of what is not sent, beside those of the task's options or the default's.
+        runtime_env: Ray's, laid over that of the task's options part by part.
     """
 
     elastic: Mapping[str, Any] = field(default_factory=dict)
     backend: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    excludes: tuple[str, ...] = ()
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
 
 
 def elastic_of(target: Target, wanted: Wanted) -> Elastic:
@@ -51,6 +55,10 @@ def elastic_of(target: Target, wanted: Wanted) -> Elastic:
         options["headers"] = {**getattr(before, "headers", {}), **found}
     if wanted.env:
         options["env"] = {**getattr(before, "env", {}), **wanted.env}
+    if wanted.excludes:
+        options["excludes"] = (*getattr(before, "excludes", DEFAULT_WORKING_DIR_EXCLUDES), *wanted.excludes)
+    if wanted.runtime_env:
+        options["runtime_env"] = {**(getattr(before, "runtime_env", None) or {}), **wanted.runtime_env}
     unnamed = options.get("working_dir") is None and getattr(before, "working_dir", None) is None
     if unnamed and (folder := _working_dir(target, choice, options)) is not None:
         options["working_dir"] = folder

@@ -13,13 +13,16 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import rich_click as click
+import yaml
 
 from kfpytorch_ray.cli.reporting import JSON_KEY, VERBOSE_KEY
 from kfpytorch_ray.config import BackendOptions, KubeflowBackend, KubeRayBackend, RayBackend
 from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.planning import amount_of
 from kfpytorch_ray.runs import STORAGE_VARIABLE, storage_of
 from kfpytorch_ray.storage import Storage
 
@@ -28,6 +31,9 @@ HEADERS_VARIABLE = "RAY_JOB_HEADERS"
 
 OPTIONS_CLASSES: Mapping[str, type[Any]] = {kind.name: kind for kind in (RayBackend, KubeRayBackend, KubeflowBackend)}
 """The options objects of the backends that come with this package."""
+
+_OPTIONS_OF = {"resources_per_node": "resources", "excludes": "exclude"}
+"""Options that are not called as their field is."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,6 +58,34 @@ def pair(value: str) -> tuple[str, str]:
         msg = f"{value!r} is not of the form NAME=VALUE"
         raise click.BadParameter(msg)
     return name, text
+
+
+def amounts(value: str) -> dict[str, float]:
+    """Ray resources of one node from ``CPU=8,GPU=1,memory=64Gi``; memory in bytes, as Kubernetes writes quantities."""
+    found: dict[str, float] = {}
+    for part in value.split(","):
+        name, amount = pair(part.strip())
+        try:
+            found[name] = amount_of(amount)
+        except (ValueError, ArithmeticError) as error:
+            msg = f"{part.strip()!r} is no amount such as CPU=8, GPU=1 or memory=64Gi"
+            raise click.BadParameter(msg) from error
+    return found
+
+
+def runtime_environment(value: str) -> dict[str, Any]:
+    """Ray's runtime environment from a YAML or JSON file, or from JSON that was typed."""
+    try:
+        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
+        # JSON is YAML.
+        found = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        msg = f"{value!r} can be read neither as a file nor as JSON: {error}"
+        raise click.BadParameter(msg) from error
+    if not isinstance(found, dict):
+        msg = f'{value!r} is no JSON object such as {{"pip": ["einops"]}}, nor a file with one'
+        raise click.BadParameter(msg)
+    return found
 
 
 def certificates(value: str) -> bool | str:
@@ -86,7 +120,10 @@ class Reach:
             StorageError: There is no file system for it.
         """
         if not self.storage and not os.environ.get(STORAGE_VARIABLE):
-            problem = f"no storage is named: give --storage URI, such as s3://bucket/prefix, or set {STORAGE_VARIABLE}"
+            problem = (
+                "no storage is named, in which runs leave what they are and bring: give --storage URI, such as "
+                f"s3://bucket/prefix, or set {STORAGE_VARIABLE}"
+            )
             raise ConfigError("kfpytorch-ray", (problem,))
         return storage_of(self.storage)
 
@@ -136,12 +173,14 @@ def overlaid(backend: str, base: BackendOptions | None, given: Mapping[str, Any]
     known = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
     if unknown := [name for name in given if name not in known]:
         has = f"the backend {backend!r} has no such option"
-        raise ConfigError(
-            "kfpytorch-ray", tuple(f"--{name.removesuffix('_s').replace('_', '-')}: {has}" for name in unknown)
-        )
+        raise ConfigError("kfpytorch-ray", tuple(f"--{_option_of(name)}: {has}" for name in unknown))
     before = {name: getattr(base, name) for name in known} if base is not None else {}
     made: BackendOptions = kind(**{**before, **given})
     return made
+
+
+def _option_of(field: str) -> str:
+    return _OPTIONS_OF.get(field, field.removesuffix("_s").replace("_", "-"))
 
 
 def headers() -> dict[str, str] | None:

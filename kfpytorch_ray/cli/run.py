@@ -9,7 +9,16 @@ import rich_click as click
 
 from kfpytorch_ray.cli.arguments import bind
 from kfpytorch_ray.cli.job import Wanted, elastic_of
-from kfpytorch_ray.cli.options import json_option, pair, seconds, storage_option, verbose_option, verify_option
+from kfpytorch_ray.cli.options import (
+    amounts,
+    json_option,
+    pair,
+    runtime_environment,
+    seconds,
+    storage_option,
+    verbose_option,
+    verify_option,
+)
 from kfpytorch_ray.cli.reporting import output_on_stderr, print_json, result_as_json, span
 from kfpytorch_ray.cli.targets import find_target
 from kfpytorch_ray.launch import launch_function
@@ -18,7 +27,7 @@ from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
 
 _ELASTIC = ("nnodes", "nproc_per_node", "max_restarts")
-_BACKEND = ("address", "storage", "working_dir", "lease_s", "on_interrupt", "verify")
+_BACKEND = ("address", "storage", "working_dir", "resources_per_node", "lease_s", "on_interrupt", "verify")
 """Our options by the fields of ``Elastic`` and of the backend's options object that they are."""
 
 
@@ -36,6 +45,14 @@ _BACKEND = ("address", "storage", "working_dir", "lease_s", "on_interrupt", "ver
 @click.option("--nproc-per-node", type=int, metavar="N", help="Workers on each node.")
 @click.option("--max-restarts", type=int, metavar="N", help="Restarts of all workers before the run fails.")
 @click.option(
+    "--resources",
+    "resources_per_node",
+    type=amounts,
+    metavar="NAME=AMOUNT,...",
+    help="Ray resources of a node, such as CPU=8,GPU=1,memory=64Gi. The default is the task's, else one CPU for each "
+    "worker.",
+)
+@click.option(
     "--address",
     metavar="URL|auto|local",
     help="Which Ray: http(s)://HOST:8265 for the job API of a cluster elsewhere, 'auto' for the cluster that this "
@@ -48,6 +65,19 @@ _BACKEND = ("address", "storage", "working_dir", "lease_s", "on_interrupt", "ver
     type=click.Path(exists=True, file_okay=False),
     metavar="DIR",
     help="Folder that is sent to the cluster. The default is the current one, or FILE's where that lies elsewhere.",
+)
+@click.option(
+    "--exclude",
+    "excludes",
+    multiple=True,
+    metavar="PATTERN",
+    help="What of that folder is not sent, as in .gitignore, beside what is left out anyway. Repeatable.",
+)
+@click.option(
+    "--runtime-env",
+    type=runtime_environment,
+    metavar="FILE|JSON",
+    help="Ray's runtime environment of the run (pip, env_vars, ...): a YAML or JSON file, or JSON.",
 )
 @click.option(
     "--env", type=pair, multiple=True, metavar="NAME=VALUE", help="An environment variable of the workers. Repeatable."
@@ -68,6 +98,8 @@ def run(
     target: str,
     arguments: tuple[tuple[str, str], ...],
     env: tuple[tuple[str, str], ...],
+    excludes: tuple[str, ...],
+    runtime_env: dict[str, Any] | None,
     backend: str | None,
     detach: bool,
     as_json: bool,
@@ -86,6 +118,8 @@ def run(
         backend=backend,
         options={name: given[name] for name in _BACKEND if name in given},
         env=dict(env),
+        excludes=excludes,
+        runtime_env=runtime_env or {},
     )
     # What is imported and what runs may print, too.
     with output_on_stderr(as_json or detach):

@@ -23,6 +23,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from flytekit import task
+from kfpytorch_ray import Elastic
+
 from beside import NAME
 
 @dataclass
@@ -37,8 +40,18 @@ def work(config: Config, gate: Path | None = None) -> dict:
         threading.Event().wait(0.05)
     return {"name": NAME, "sum": config.base + int(os.environ["RANK"])}
 
+def hold(gate: Path) -> dict:
+    gate.with_name(f"begun-{os.environ['RANK']}").touch()
+    while not gate.exists():
+        threading.Event().wait(0.05)
+    return {"colour": os.environ["COLOUR"], "left out": not Path("large.bin").exists() and Path("work.py").exists()}
+
 def fail() -> None:
     raise LookupError("no such data set")
+
+@task(task_config=Elastic(rdzv_configs={"join_timeout": 2}))
+def impatient() -> int:
+    return 0
 """
 
 
@@ -163,5 +176,18 @@ def test_exit_codes_tell_what_went_wrong(shell: Shell, head: HeadCluster, tmp_pa
     answer = json.loads(shell.run(*arguments[:2], "--address", "http://127.0.0.1:1", "--json", ends_with=4))
     assert answer["error"] == "ClusterUnreachableError"
     shell.run("run", "jobs/work.py:nothing", ends_with=2)
-    assert "it has Config, work, fail" not in shell.errors
-    assert "it has work, fail" in shell.errors
+    assert "it has work, hold, fail, impatient" in shell.errors
+
+
+def test_a_full_cluster(shell: Shell, head: HeadCluster, tmp_path: Path) -> None:
+    """Who holds all of its nodes has asked for them; who cannot wait longer has an exit code to try again by."""
+    gate = tmp_path / "gate"
+    (shell.folder / "large.bin").write_bytes(bytes(2**20))
+    travels = ("--exclude", "large.bin", "--runtime-env", '{"env_vars": {"COLOUR": "red"}}')
+    arguments = ("--arg", f"gate={gate}", "--nnodes", 2, "--resources", "CPU=4", "--address", head.address)
+    run_id = shell.run("run", "jobs/work.py:hold", *arguments, *travels, "--detach").strip()
+    wait_until(lambda: len([*tmp_path.glob("begun-*")]) == 2, "both ranks to begin", DEADLINE_S)
+    shell.run("run", "jobs/work.py:impatient", "--address", head.address, ends_with=3)
+    assert "Behind: hold (run launch-" in shell.errors
+    gate.touch()
+    assert shell.run("result", run_id) == "{'colour': 'red', 'left out': True}\n"

@@ -315,6 +315,8 @@ def test_a_backend_whose_runs_end_with_the_process_cannot_detach(double: Any, tr
         ("--verify", "/no/such/ca.pem"),
         ("--working-dir", "/no/such/folder"),
         ("--nproc-per-node", "two"),
+        ("--resources", "CPU"),
+        ("--runtime-env", "no-such-file.yaml"),
         ("--backend", "slurm"),
         ("--backend", "double", "--address", HEAD),
         ("--nnodes", "3:1"),

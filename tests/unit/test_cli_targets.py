@@ -9,13 +9,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import rich_click as click
 from flytekit import Resources
 
 from kfpytorch_ray import ConfigError, Elastic, RayBackend
 from kfpytorch_ray.cli.job import Wanted, elastic_of
-from kfpytorch_ray.cli.options import Reach
+from kfpytorch_ray.cli.options import Reach, amounts, runtime_environment
 from kfpytorch_ray.cli.targets import Target, find_target
 from kfpytorch_ray.cli.travel import working_dir_for
+from kfpytorch_ray.config import DEFAULT_WORKING_DIR_EXCLUDES
 from kfpytorch_ray.payload import import_root
 
 ADDRESS = "http://head:8265"
@@ -252,6 +254,37 @@ def test_a_tasks_own_config_is_the_base_and_options_win(flow: Any) -> None:
     backend = RayBackend(address=ADDRESS, env={"A": "1", "B": "2"}, storage="s3://theirs", lease_s=60.0)
     assert made == Elastic("1:2", 4, max_restarts=1, backend=backend)
     assert target.task.task_config.nproc_per_node == 2, "the task's own config stays as it is"
+
+
+def test_what_travels_is_laid_over_the_tasks_own(flow: Any) -> None:
+    """Patterns and the parts of a runtime environment come beside those that there are; amounts replace them."""
+    options = {"resources_per_node": {"GPU": 1.0}}
+    wanted = Wanted(options=options, excludes=("data/",), runtime_env={"pip": ["einops"]})
+    made: Any = elastic_of(flow("train"), wanted).backend
+    assert made.excludes == (*DEFAULT_WORKING_DIR_EXCLUDES, "data/")
+    assert (made.runtime_env, made.resources_per_node) == ({"pip": ["einops"]}, {"GPU": 1.0})
+    own = RayBackend(excludes=("own/",), runtime_env={"pip": [], "config": {}}, resources_per_node={"CPU": 2})
+    target = flow("train")
+    target.task.task_config.backend = own
+    made = elastic_of(target, wanted).backend
+    assert made.excludes == ("own/", "data/")
+    assert (made.runtime_env, made.resources_per_node) == ({"pip": ["einops"], "config": {}}, {"GPU": 1.0})
+    with pytest.raises(ConfigError, match="--resources: the backend 'kubeflow' has no such option"):
+        elastic_of(flow("kubeflow"), Wanted(options=options))
+
+
+def test_amounts_and_runtime_environments_as_they_are_typed(tmp_path: Path) -> None:
+    """Quantities as Kubernetes has them; YAML or JSON in a file, JSON on the command line."""
+    assert amounts("CPU=8, GPU=0.5,memory=64Gi") == {"CPU": 8.0, "GPU": 0.5, "memory": 64.0 * 2**30}
+    for wrong in ("CPU", "CPU=", "CPU=many", "CPU=1,,"):
+        with pytest.raises(click.BadParameter):
+            amounts(wrong)
+    (tmp_path / "env.yaml").write_text("pip: [einops]\n")
+    assert runtime_environment(str(tmp_path / "env.yaml")) == runtime_environment('{"pip": ["einops"]}')
+    (tmp_path / "list.yaml").write_text("[einops]\n")
+    for wrong in ("{", str(tmp_path / "none.yaml"), str(tmp_path / "list.yaml"), str(tmp_path)):
+        with pytest.raises(click.BadParameter):
+            runtime_environment(wrong)
 
 
 @pytest.mark.parametrize(
