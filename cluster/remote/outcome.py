@@ -153,7 +153,7 @@ def _folder_for_results() -> tempfile.TemporaryDirectory[str]:
             explain(
                 "There is no folder here for the results to arrive in.",
                 f"{type(error).__name__}: {error}",
-                "Name one with room for the largest result by the variable TMPDIR. The results are still in the storage.",
+                "Name one with room for the largest result by the variable TMPDIR. The results stay in the storage.",
             )
         ) from error
 
