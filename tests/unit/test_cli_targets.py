@@ -275,7 +275,7 @@ def test_options_that_the_backend_does_not_have_are_refused_together(flow: Any) 
     with pytest.raises(ConfigError, match="2 problems") as caught:
         elastic_of(flow("kubeflow"), Wanted(options={"address": ADDRESS, "headers": {}}))
     assert "--address: the backend 'kubeflow' has no such option" in str(caught.value)
-    assert "--header: the backend" in str(caught.value)
+    assert "--headers: the backend" in str(caught.value)
 
 
 def test_a_file_that_lies_elsewhere_is_sent_to_kuberay_with_its_folder(
