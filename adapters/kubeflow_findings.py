@@ -30,17 +30,21 @@ def find(config: JobConfig, options: KubeflowBackend) -> Findings:
     ]
     if is_elastic(config) and getattr(config, "start_method", None) == "forkserver":
         problems.append("start_method='forkserver': Bad start method for the backend 'kubeflow', use 'spawn' or 'fork'")
-    return Findings(tuple(problems))
+    warnings = []
+    if not options.creates_job:
+        warnings = [
+            f"KubeflowBackend({name}) has no effect: it is for a PyTorchJob that this process creates (image=...)"
+            for name in _given(options)
+        ]
+    return Findings(tuple(problems), tuple(warnings))
 
 
 def lost(config: JobConfig, options: KubeflowBackend, arguments: TaskArguments) -> tuple[str, ...]:
     """Every field that does not arrive, or means something else, on the way by Flyte."""
     policy = config.run_policy
-    plain = KubeflowBackend()
     found = [
         f"KubeflowBackend({name}) has no effect under Flyte, which creates the PyTorchJob itself"
-        for name in _OPTIONS
-        if getattr(options, name) != getattr(plain, name)
+        for name in _given(options)
     ]
     if policy is not None and is_plain_pod(config):
         found.append(
@@ -69,6 +73,12 @@ def lost_without_flyte(options: KubeflowBackend, arguments: TaskArguments) -> tu
     if options.image is None:
         found.append("container_image is Flyte's: give KubeflowBackend(image=...), or no PyTorchJob can be created")
     return tuple(found)
+
+
+def _given(options: KubeflowBackend) -> list[str]:
+    """Names of the options that are not the default."""
+    plain = KubeflowBackend()
+    return [name for name in _OPTIONS if getattr(options, name) != getattr(plain, name)]
 
 
 def _zeros(policy: Any) -> list[str]:

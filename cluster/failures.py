@@ -176,8 +176,8 @@ def _fix(cause: RankRecord, used: str) -> str:
         case Outcome.RAISED if cause.stage is Stage.LOAD:
             return (
                 "The node lacks a module or a file of yours: send the folder with the backend's working_dir=..., under "
-                "a ray.init() of your own with its runtime_env, or put it into the image. It would fail the same way "
-                "again."
+                "a ray.init() of your own with its runtime_env, or put it into the image. It was not tried again, "
+                "because it would fail the same way."
             )
         case Outcome.RAISED if cause.stage is Stage.RESULT:
             return "Make room for the result in /dev/shm or in the folder for temporary files. It was not tried again."

@@ -36,7 +36,7 @@ class KubeRayJob:
         self._seen = Watcher(namespace)
         self._name = name
         self._waiting = Waiting(namespace, name, self.place, ready_timeout_s, "KubeRayBackend")
-        self._head: tuple[str, int] | None = None
+        self._head: tuple[str, str, int] | None = None
         self._without_head: JobState | None = None
 
     @property
@@ -68,8 +68,6 @@ class KubeRayJob:
         return JobState(RunStatus.LOST, f"Its RayJob is {deployment}, its Ray job {status.get('jobStatus')}: {said}")
 
     def _waiting_state(self, job: Manifest, deployment: str) -> JobState:
-        # Of a cluster that is to be made, or made anew.
-        self._head = None
         if deployment in ("Suspending", "Suspended"):
             return self._waiting.suspended()
         cluster = _cluster_of(job)
@@ -82,8 +80,11 @@ class KubeRayJob:
 
     def _head_is_lost(self, job: Manifest) -> bool:
         """Whether the head on which the driver was first seen to run is there no more."""
-        heads = {_identity(pod) for pod in self._pods_of(_cluster_of(job)) if _is_head(pod) and not _has_ended(pod)}
-        if self._head is None and heads:
+        if (cluster := _cluster_of(job)) is None:
+            return False
+        heads = {(cluster, *_identity(pod)) for pod in self._pods_of(cluster) if _is_head(pod) and not _has_ended(pod)}
+        # One that is made for another try has another head.
+        if heads and (self._head is None or self._head[0] != cluster):
             (self._head, *_) = heads
         if self._head in heads:
             return False

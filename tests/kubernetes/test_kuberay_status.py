@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from doubles.api import Api, Document, now
+from doubles.front import Front
 
 from kfpytorch_ray import (
     Elastic,
@@ -121,24 +122,28 @@ def test_a_job_that_a_queue_holds_is_waited_for(api: Api, namespace: str, backen
         run.result()
 
 
-def test_a_job_that_is_tried_again_goes_on(api: Api, namespace: str, backend: KubeRayBackend) -> None:
+def test_a_job_that_is_tried_again_goes_on(
+    api: Api, namespace: str, backend: KubeRayBackend, front: Front, tmp_path: Path
+) -> None:
     """After Retrying, where a failure leads that is not final, it runs on another cluster, which has another head."""
-    run = started(backend)
-    status = {"jobStatus": "RUNNING", "startTime": now()}
+    run = started(replace(backend, kubeconfig=front.kubeconfig(tmp_path / "kubeconfig")))
+    running = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "startTime": now()}
     taken: list[object] = []
-    thread = threading.Thread(target=lambda: taken.append(run.result()), daemon=True)
+    following = threading.Thread(target=lambda: taken.append(run.result()), daemon=True)
     for cluster in ("first", "second"):
         api.create("pods", namespace, waiting_pod(cluster, f"{cluster}-head"))
-        write_status(api, namespace, run, jobDeploymentStatus="Running", rayClusterName=cluster, **status)
-        if cluster == "first":
-            thread.start()
-            wait_until(lambda: thread.is_alive() and run.status() is RunStatus.RUNNING, "it to be followed")
-            write_status(api, namespace, run, jobDeploymentStatus="Retrying", jobStatus="FAILED", failed=1)
-            api.delete("pods", namespace, "first-head", gracePeriodSeconds=0)
-            wait_until(lambda: run.status() is RunStatus.PENDING, "the second try")
+    write_status(api, namespace, run, rayClusterName="first", **running)
+    following.start()
+    wait_until(lambda: front.counted("watch pods") == 1, "the first head to be watched")
+    write_status(api, namespace, run, jobDeploymentStatus="Retrying", jobStatus="FAILED", failed=1)
+    api.delete("pods", namespace, "first-head", gracePeriodSeconds=0)
+    wait_until(lambda: run.status() is RunStatus.PENDING, "the second try")
+    write_status(api, namespace, run, rayClusterName="second", **running)
+    wait_until(lambda: front.counted("watch pods") == 2, "the second head to be watched")
+    assert run.status() is RunStatus.RUNNING
     succeed(Path(str(backend.storage)) / "runs" / run.run_id)
     write_status(api, namespace, run, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", failed=1, succeeded=1)
-    thread.join(60)
+    following.join(60)
     assert len(taken) == 1
     wait_until(lambda: not api.find("rayjobs", namespace), "the RayJob to go")
 

@@ -12,7 +12,7 @@ import pytest
 from doubles.api import Api, Document
 from doubles.front import Asked, Front
 
-from kfpytorch_ray import Elastic, KubeRayBackend, RunLostError, RunStoppedError, launch
+from kfpytorch_ray import Elastic, KubeRayBackend, RunLostError, RunStatus, RunStoppedError, launch
 from kfpytorch_ray.cluster.kube.client import Namespace
 from kfpytorch_ray.cluster.kube.kinds import RAY_JOB
 from kfpytorch_ray.cluster.kube.refusals import ExpiredError
@@ -219,9 +219,14 @@ def test_who_may_not_watch_asks(
             assert seen_label(seen) == value
         with pytest.raises(AuthenticationError, match="list the pods"):
             seen.pods(PODS)
+        wait_until(lambda: not watching(), "those that would watch to give up")
     told = [message for message in caplog.messages if "watch the RayJob" in message]
     assert len(told) == 1
     assert "403" in told[0]
+
+
+def watching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "kfpytorch-ray-watch"]
 
 
 def train(x: int) -> int:
@@ -327,6 +332,18 @@ def test_a_run_is_followed_by_watches(
     assert not api.find("rayjobs", namespace)
 
 
+def test_events_are_not_listed_at_every_look(
+    api: Api, namespace: str, front: Front, start: Callable[[str], Run], tmp_path: Path
+) -> None:
+    """All of a namespace's are, so only where no pod says what it waits for, and seldom."""
+    run = start(front.kubeconfig(tmp_path / "kubeconfig"))
+    api.create("pods", namespace, head(1))
+    write(api, namespace, run, jobDeploymentStatus="Initializing", rayClusterName="c")
+    for _ in range(5):
+        assert run.status() is RunStatus.PENDING
+    assert (front.counted("list pods"), front.counted("list events")) == (5, 1)
+
+
 def test_a_lost_connection_is_told_and_the_run_followed_on(
     api: Api,
     namespace: str,
@@ -361,14 +378,15 @@ def test_a_job_that_somebody_deletes_is_lost(
 ) -> None:
     """While it is followed: nobody will say any more how it ended."""
     run = start(front.kubeconfig(tmp_path / "kubeconfig"))
-    write(api, namespace, run, jobDeploymentStatus="Running", jobStatus="RUNNING")
+    write(api, namespace, run, jobDeploymentStatus="Running", jobStatus="RUNNING", rayClusterName="c")
     api.create("pods", namespace, head(1))
     following = follow(run)
-    wait_until(lambda: front.counted("watch rayjobs"), "a watch")
+    wait_until(lambda: front.counted("watch pods"), "a watch of its pods")
     api.delete("rayjobs", namespace, run.run_id)
     api.delete("pods", namespace, "head-1", gracePeriodSeconds=0)
     following.join(60)
     assert isinstance(following.error, RunLostError)
+    assert "does not know it any more" in str(following.error)
 
 
 @pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "gone"])

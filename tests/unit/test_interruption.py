@@ -47,7 +47,7 @@ def test_a_second_sigterm_breaks_nothing_off() -> None:
     """What the first one began goes on to its end; the next block is interrupted as the first was."""
     endings = []
     for _ in range(2):
-        with pytest.raises(SystemExit), interruptible():
+        with pytest.raises(SystemExit), interruptible():  # noqa: PT012 - both signals come in one block
             try:
                 signal.raise_signal(signal.SIGTERM)
             finally:
