@@ -59,16 +59,19 @@ class Patience:
             StorageError: What it raised last, or at once where another try would make no difference.
         """
         self._heard_at = time.monotonic()
-        while True:
-            try:
-                found = ask()
-            except StorageError as error:
-                if not _may_pass(error) or not self.lasts(error):
-                    raise
-                threading.Event().wait(_PAUSE_S)
-            else:
-                self.answered()
-                return found
+        while not (answers := self._asked(ask)):
+            threading.Event().wait(_PAUSE_S)
+        self.answered()
+        return answers[0]
+
+    def _asked(self, ask: Callable[[], T]) -> list[T]:
+        """The answer; none where it is worth another try."""
+        try:
+            return [ask()]
+        except StorageError as error:
+            if not _may_pass(error) or not self.lasts(error):
+                raise
+            return []
 
 
 def _may_pass(error: StorageError) -> bool:

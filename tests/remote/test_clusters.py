@@ -308,7 +308,7 @@ def test_a_cluster_that_dies(package: dict[str, str], storage: str, tmp_path: Pa
             wait_until(lambda: note.exists() and running.status() is RunStatus.RUNNING, "both runs to begin")
             head.kill()
 
-        with meanwhile(die), pytest.raises(FlyteRecoverableException, match="cannot be reached|is over"):
+        with meanwhile(die), pytest.raises(FlyteRecoverableException, match=r"cannot be reached|is over"):
             train(note=str(note))
         with pytest.raises((ClusterUnreachableError, RunLostError)) as caught:
             running.result()

@@ -1,12 +1,14 @@
-"""Storages that cannot be used, on either side or at some point: each is told as what it is, and nothing stays."""
+"""What lies between the two sides: storages that cannot be used, here or there or at some point, and a large result."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,10 +16,12 @@ import pytest
 from flytekit import FlyteFile
 
 from kfpytorch_ray import Elastic, RayBackend, StorageError, launch
+from kfpytorch_ray.cluster.remote import driver
 from kfpytorch_ray.cluster.remote.client import JobClient
 from kfpytorch_ray.cluster.remote.probe import probe
 from kfpytorch_ray.storage import Storage
-from kfpytorch_ray.testing import HeadCluster
+from kfpytorch_ray.testing import HeadCluster, wait_until
+from kfpytorch_ray.testing.processes import all_processes, command
 
 READ_ONLY = """#!/bin/sh
 exec unshare --mount sh -c 'mount --bind {0} {0} && mount -o remount,bind,ro {0} && exec {1} "$@"' sh "$@"
@@ -48,7 +52,7 @@ def launch_on(head: HeadCluster, storage: Path, *inputs: object, **options: obje
     return int(launch(lambda *_inputs: 42, *inputs, elastic=Elastic(backend=backend))[0].return_value)
 
 
-@contextmanager
+@contextlib.contextmanager
 def disk(folder: Path, options: str) -> Iterator[Path]:
     """One of its own, in memory."""
     folder.mkdir()
@@ -104,3 +108,77 @@ def test_disk_full_while_staging(head: HeadCluster, tmp_path: Path) -> None:
             launch_on(head, small, FlyteFile(str(tmp_path / "input")))
         assert left_in(small) == []
         assert launch_on(head, small, bytes(2**10)) == 42
+
+
+SIZE_BYTES = 2**30
+MOST_BYTES = 1.5 * SIZE_BYTES
+"""Half of it is for Python, Ray and torch."""
+
+LARGE = """
+import sys
+from pathlib import Path
+from kfpytorch_ray import Elastic, RayBackend, launch
+
+
+def main(address, storage, size_bytes):
+    def work():
+        import torch
+
+        return torch.full((size_bytes // 4,), 7, dtype=torch.int32)
+
+    result = launch(work, elastic=Elastic(backend=RayBackend(address=address, storage=storage, working_dir="")))
+    value = result[0].return_value
+    # It can be written to, and all of it is looked at.
+    value[0] += 1
+    assert value.nbytes == size_bytes and [int(one) for one in value.aminmax()] == [7, 8]
+    print(Path("/proc/self/status").read_text())
+
+
+main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+"""
+
+
+def lacking(folder: Path) -> str:
+    """What this machine has too little of; empty if nothing."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    if available is None or int(available[1]) * 1024 < 8 * SIZE_BYTES:
+        return f"less than {8 * SIZE_BYTES >> 30} GiB of memory are available"
+    for place in (Path("/dev/shm"), folder):
+        if shutil.disk_usage(place).free < 4 * SIZE_BYTES:
+            return f"less than {4 * SIZE_BYTES >> 30} GiB are free in {place}"
+    return ""
+
+
+def most_memory(status: str) -> int:
+    """The most memory that a process has had in RAM, in bytes, from its /proc/PID/status; 0 for one that has none."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+def test_a_large_result_is_in_memory_once(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """A gibibyte: on the head, where it comes from the object store, and here, where it comes from a file."""
+    if reason := lacking(tmp_path):
+        pytest.skip(reason)
+    (tmp_path / "script.py").write_text(LARGE)
+    drivers: dict[int, int] = {}
+
+    def has_ended() -> bool:
+        # What is known of a process is gone with it, so it is asked again and again.
+        for process in all_processes():
+            if command(process).startswith(f"python -m {driver.__name__} {storage}"):
+                with contextlib.suppress(OSError):
+                    status = Path(f"/proc/{process}/status").read_text()
+                    drivers[process] = max(drivers.get(process, 0), most_memory(status))
+        return script.poll() is not None
+
+    arguments = [sys.executable, str(tmp_path / "script.py"), head.address, storage, str(SIZE_BYTES)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as script:
+        try:
+            wait_until(has_ended, "the script to end", 240)
+        finally:
+            script.kill()
+        said, errors = script.communicate()
+    assert script.returncode == 0, errors
+    (there,) = drivers.values()
+    assert SIZE_BYTES < there < MOST_BYTES
+    assert SIZE_BYTES < most_memory(said) < MOST_BYTES
