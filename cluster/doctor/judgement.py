@@ -14,7 +14,7 @@ from kfpytorch_ray.cluster.doctor.report import ClusterNode, Interval, NodeRepor
 from kfpytorch_ray.cluster.doctor.wording import counted, counts_of, everywhere, listed, name_of, names_of, nodes_with
 from kfpytorch_ray.cluster.remote.versions import Versions, compare
 from kfpytorch_ray.doctor.finding import Finding, Group, Level, of_message
-from kfpytorch_ray.doctor.judgement import LOWEST_FREE_BYTES, LOWEST_OPEN_FILES, gib
+from kfpytorch_ray.doctor.judgement import LOWEST_FREE_BYTES, LOWEST_OPEN_FILES, LOWEST_SHARED_BYTES, gib
 from kfpytorch_ray.doctor.machine import SHARED_MEMORY
 
 
@@ -170,36 +170,46 @@ def judge_storage(reports: Sequence[NodeReport], names: Mapping[int, str]) -> li
 
 
 def judge_shared_memory(reports: Sequence[NodeReport], names: Mapping[int, str]) -> list[Finding]:
-    """Shared memory against what the object store takes of it."""
+    """Shared memory against what the object store takes of it, and what is left for results and data loaders."""
 
     def problem(report: NodeReport) -> str:
         shared, store = report.shared_memory, report.object_store
         if shared is None:
             return "it is not there"
-        if store is not None and not store.folder.startswith(SHARED_MEMORY):
+        has = f"it has {gib(shared.total_bytes)}"
+        if store is None:
+            return f"{has} in all" if shared.total_bytes < LOWEST_SHARED_BYTES else ""
+        if not store.folder.startswith(SHARED_MEMORY):
             return f"it is too small ({gib(shared.total_bytes)}), so that Ray keeps its object store in {store.folder}"
-        if store is not None and shared.total_bytes < store.size_bytes:
-            return f"it has {gib(shared.total_bytes)}, the object store is to have {gib(store.size_bytes)}"
+        left_bytes = shared.total_bytes - store.size_bytes
+        if left_bytes < 0:
+            return f"{has}, the object store is to have {gib(store.size_bytes)}"
+        if left_bytes < LOWEST_SHARED_BYTES:
+            return f"{has}, of which the object store may take {gib(store.size_bytes)}: {gib(left_bytes)} are left"
         return ""
 
     wrong = nodes_with(reports, names, problem)
     if not wrong:
-        return [
-            Finding(
-                SHARED_MEMORY, Level.OK, f"large enough for the object store on {everywhere(reports)}", "", Group.NODES
-            )
-        ]
+        return [Finding(SHARED_MEMORY, Level.OK, _shared_memory_left(reports), "", Group.NODES)]
     return [
         Finding(
             SHARED_MEMORY,
             Level.WARN,
-            f"On {listed(where)} {what}. Results and data loaders need it, too, and a disk is slow.",
+            f"On {listed(where)} {what}. Results on their way and data loaders need it, too, at least "
+            f"{gib(LOWEST_SHARED_BYTES)}, and a disk is slow.",
             "Give containers more than the object store: an emptyDir with medium: Memory at /dev/shm, or docker run "
-            "--shm-size; or start Ray with a smaller object store: ray start --object-store-memory.",
+            "--shm-size; or start Ray with a smaller object store: ray start --object-store-memory. Without a number "
+            "Ray takes 30 % of the memory for it, and up to 95 % of /dev/shm.",
             Group.NODES,
         )
         for what, where in wrong.items()
     ]
+
+
+def _shared_memory_left(reports: Sequence[NodeReport]) -> str:
+    both = [(one.shared_memory, one.object_store) for one in reports]
+    left = [shared.total_bytes - (store.size_bytes if store else 0) for shared, store in both if shared]
+    return f"{gib(min(left))} or more are left beside the object store on {everywhere(reports)}"
 
 
 def judge_disk(reports: Sequence[NodeReport], names: Mapping[int, str]) -> list[Finding]:

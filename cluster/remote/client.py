@@ -68,7 +68,8 @@ class JobClient(JobSubmissionClient):
             # Past JobSubmissionClient's own constructor, which reads RAY_ADDRESS and asks the cluster three times.
             SubmissionClient.__init__(self, address=address, headers=dict(headers), verify=verify)
         except (FileNotFoundError, ssl.SSLError) as error:
-            raise ConfigError("RayBackend", (f"verify={verify!r}: {error}",)) from error
+            problem = f"verify={verify!r}: {error}; name a file or folder of certificates in PEM that are to be trusted"
+            raise ConfigError("RayBackend", (problem,)) from error
         except (RayAuthenticationError, RuntimeError) as error:
             raise _no_token(address, error) from error
         import ray
@@ -124,7 +125,8 @@ class JobClient(JobSubmissionClient):
         try:
             return str(super().submit_job(**job))
         except (TypeError, ValueError) as error:
-            raise ConfigError("RayBackend", (f"runtime_env: {error}",)) from error
+            problem = f"runtime_env: Ray does not take it: {error}; write it as Ray's documentation has it"
+            raise ConfigError("RayBackend", (problem,)) from error
 
     def wait_until_over(self, submission_id: str, timeout_s: float | None = None) -> JobDetails:
         """Wait until a job will not run any more.

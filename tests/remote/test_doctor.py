@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -55,6 +56,9 @@ def test_a_healthy_cluster(head: HeadCluster, storage: str) -> None:
     assert "all 2 nodes" in nodes["storage"]["text"]
     assert nodes["all_reduce gloo"]["text"].startswith("2 ranks")
     assert nodes["clocks"]["level"] == "ok"
+    assert re.search(
+        r"iB or more are left beside the object store|the object store may take", nodes["/dev/shm"]["text"]
+    )
     assert not Path(storage.removeprefix("file://")).exists()
     client = client_of(RayBackend(), head.address)
     wait_until(lambda: no_job_of_ours(client), "the doctor's jobs to leave the list")

@@ -360,13 +360,17 @@ def test_a_later_attempt_ends_an_earlier_one(
 
 def test_what_is_wrong_with_the_call(head: HeadCluster, storage: str) -> None:
     """Mistakes are told before anything is sent."""
-    with pytest.raises(ConfigError, match="storage"):
+    with pytest.raises(ConfigError, match=r"no storage is named, by which the call gets.*: give storage='s3:"):
         launch(max, 1, 2, elastic=Elastic(backend=RayBackend(address=head.address)))
+    with_password = head.address.replace("//", "//ada:s3cret@")
+    with pytest.raises(ConfigError, match=r"credentials in it, which would be shown: give them as .*headers") as caught:
+        launch(max, 1, 2, elastic=elastic(head, storage, address=with_password))
+    assert "s3cret" not in str(caught.value)
     with pytest.raises(ConfigError, match="wait=False"):
         launch(max, 1, 2, elastic=Elastic(backend=RayBackend()), wait=False)
     with pytest.raises(ConfigError, match="wait=False"):
         launch(max, 1, 2, elastic=Elastic(backend="kubeflow"), wait=False)
-    with pytest.raises(ConfigError, match="runtime_env"):
+    with pytest.raises(ConfigError, match="runtime_env: Ray does not take it"):
         launch(max, 1, 2, elastic=elastic(head, storage, runtime_env={"pip": 3}))
     with pytest.raises(UnknownRunError):
         attach("kfr-nobody", storage=storage)

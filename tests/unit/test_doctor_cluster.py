@@ -102,6 +102,20 @@ def test_healthy_nodes() -> None:
             "--object-store-memory",
         ),
         (
+            {"shared_memory": Space("/dev/shm", 2**30 + 2**29, 2**30)},
+            "/dev/shm",
+            Level.WARN,
+            "it has 1.5 GiB, of which the object store may take 1.0 GiB: 512 MiB are left",
+            "--shm-size",
+        ),
+        (
+            {"shared_memory": Space("/dev/shm", 2**26, 2**26), "object_store": None},
+            "/dev/shm",
+            Level.WARN,
+            "it has 64 MiB in all",
+            "--shm-size",
+        ),
+        (
             {
                 "shared_memory": Space("/dev/shm", 2**26, 2**26),
                 "object_store": ObjectStore(NODES[2].node_id, 2**30, "/tmp"),
