@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from kfpytorch_ray.adapters.job_message import is_plain_pod
-from kfpytorch_ray.adapters.kubernetes_findings import kubernetes_option_problems
+from kfpytorch_ray.adapters.kubernetes_findings import kubernetes_option_problems, left_to_flyte
 from kfpytorch_ray.adapters.ray_findings import call_option_problems, stored_option_problems
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic
@@ -62,17 +62,7 @@ def lost(config: JobConfig, options: KubeflowBackend, arguments: TaskArguments) 
 
 def lost_without_flyte(options: KubeflowBackend, arguments: TaskArguments) -> tuple[str, ...]:
     """Every field that does not arrive, or means something else, in a PyTorchJob that this process creates."""
-    found = []
-    if arguments.accelerator is not None:
-        found.append(
-            "accelerator has no effect: what its node label is called Flyte's platform knows; select nodes by "
-            "@task(pod_template=PodTemplate(V1PodSpec(node_selector=...)))"
-        )
-    if arguments.bounded:
-        found.append("@task(timeout=) is Flyte's: give run_policy.active_deadline_seconds")
-    if options.image is None:
-        found.append("container_image is Flyte's: give KubeflowBackend(image=...), or no PyTorchJob can be created")
-    return tuple(found)
+    return tuple(left_to_flyte(options, arguments, "PyTorchJob", "@task(pod_template"))
 
 
 def _given(options: KubeflowBackend) -> list[str]:

@@ -12,7 +12,12 @@ from typing import Any
 from flytekit import PodTemplate, Resources
 
 from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, WORKER_CONTAINER
-from kfpytorch_ray.adapters.kubernetes_findings import json_problems, kubernetes_option_problems, text_problems
+from kfpytorch_ray.adapters.kubernetes_findings import (
+    json_problems,
+    kubernetes_option_problems,
+    left_to_flyte,
+    text_problems,
+)
 from kfpytorch_ray.adapters.ray_findings import job_findings, run_option_problems, stored_option_problems
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import one_of
@@ -114,17 +119,9 @@ def lost_without_flyte(config: JobConfig, options: KubeRayBackend, arguments: Ta
             f"run_policy.ttl_seconds_after_finished=None means {DEFAULT_TTL_S} s here, not for ever: an ended cluster "
             "holds its nodes"
         )
-    if arguments.accelerator is not None:
-        found.append(
-            "accelerator has no effect: what its node label is called Flyte's platform knows; select nodes by "
-            "KubeRayBackend(worker_pod_template=PodTemplate(V1PodSpec(node_selector=...)))"
-        )
+    found += left_to_flyte(options, arguments, "RayJob", "KubeRayBackend(worker_pod_template")
     if arguments.shared_memory:
         found.append("shared_memory has no effect: KubeRay mounts /dev/shm, as large as the pod's memory limit")
-    if arguments.bounded:
-        found.append("@task(timeout=) is Flyte's: give run_policy.active_deadline_seconds")
-    if options.image is None:
-        found.append("container_image is Flyte's: give KubeRayBackend(image=...), or no RayJob can be created")
     return tuple(dict.fromkeys(found))
 
 

@@ -13,15 +13,12 @@ from typing import Any
 from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, SUBMITTER, WORKER_CONTAINER, head_resources
-from kfpytorch_ray.adapters.kube_pods import Manifest, laid_over, pod, resource_metadata
+from kfpytorch_ray.adapters.kube_pods import DEFAULT_DEADLINE_S, Manifest, laid_over, pod, resource_metadata
 from kfpytorch_ray.adapters.worker_pods import WorkerGroup, pod_resources, worker_groups, worker_resources
 from kfpytorch_ray.backends import JobConfig
 from kfpytorch_ray.cluster.kube.kinds import CLUSTER_LABEL, SUBMITTER_CONTAINER
 from kfpytorch_ray.config import KubeRayBackend
 from kfpytorch_ray.task_arguments import TaskArguments
-
-DEFAULT_DEADLINE_S = 30 * 24 * 3600
-"""For jobs that have none: before 1.7 KubeRay waits for ever for a job whose head pod was lost."""
 
 _DEADLINE_MARGIN_S = 600
 """The driver keeps the user's deadline and says so; KubeRay's comes after it."""

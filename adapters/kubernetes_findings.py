@@ -9,6 +9,7 @@ from flytekit import Resources
 
 from kfpytorch_ray.adapters.ray_findings import is_amount
 from kfpytorch_ray.config import KubernetesOptions
+from kfpytorch_ray.task_arguments import TaskArguments
 
 
 def kubernetes_option_problems(options: KubernetesOptions) -> list[str]:
@@ -29,6 +30,30 @@ def kubernetes_option_problems(options: KubernetesOptions) -> list[str]:
     if not (is_amount(options.ready_timeout_s) and options.ready_timeout_s):
         problems.append(f"{backend}(ready_timeout_s) must be a number of seconds greater than 0")
     return problems + json_problems(options, "spec")
+
+
+def left_to_flyte(options: KubernetesOptions, arguments: TaskArguments, job: str, template: str) -> list[str]:
+    """What of a task only Flyte's platform knows, or keeps.
+
+    Args:
+        options: The backend's.
+        arguments: What stands beside the config in ``@task(...)``.
+        job: Kind of the custom resource.
+        template: The argument whose pod template selects nodes.
+    """
+    found = []
+    if arguments.accelerator is not None:
+        found.append(
+            "accelerator has no effect: what its node label is called Flyte's platform knows; select nodes by "
+            f"{template}=PodTemplate(V1PodSpec(node_selector=...)))"
+        )
+    if arguments.bounded:
+        found.append("@task(timeout=) is Flyte's: give run_policy.active_deadline_seconds")
+    if options.image is None:
+        found.append(
+            f"container_image is Flyte's: give {type(options).__name__}(image=...), or no {job} can be created"
+        )
+    return found
 
 
 def text_problems(options: KubernetesOptions, names: tuple[str, ...]) -> list[str]:

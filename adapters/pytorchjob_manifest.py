@@ -10,18 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kfpytorch_ray.adapters.kube_pods import Manifest, laid_over, pod, resource_metadata
+from kfpytorch_ray.adapters.kube_pods import DEFAULT_DEADLINE_S, Manifest, laid_over, pod, resource_metadata
 from kfpytorch_ray.adapters.worker_pods import own_resources, pod_resources, worker_resources
 from kfpytorch_ray.backends import JobConfig
-from kfpytorch_ray.checks import is_elastic, parse_nnodes
+from kfpytorch_ray.checks import is_elastic, parse_nnodes, worker_count
 from kfpytorch_ray.cluster.kube.kinds import PYTORCH_CONTAINER
 from kfpytorch_ray.cluster.torch_elastic import RENDEZVOUS_BACKEND
 from kfpytorch_ray.config import CleanPodPolicy, KubeflowBackend, RestartPolicy
 from kfpytorch_ray.pod_template import MOUNT_PATH, VOLUME_NAME
 from kfpytorch_ray.task_arguments import TaskArguments
-
-DEFAULT_DEADLINE_S = 30 * 24 * 3600
-"""For jobs that have none: pods that wait for each other hold their nodes."""
 
 _GRACE_MARGIN_S = 30
 """For an agent that has stopped its workers to say so in the storage."""
@@ -71,7 +68,7 @@ def _roles(config: Any, options: KubeflowBackend, arguments: TaskArguments, comm
     roles: Manifest = {}
     for role, replica, count in (
         ("Master", config.master, 1),
-        ("Worker", config.worker, config.num_workers or config.worker.replicas or 0),
+        ("Worker", config.worker, worker_count(config)),
     ):
         if count:
             asked = own_resources(replica) or worker_resources(options, arguments)

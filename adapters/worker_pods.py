@@ -14,7 +14,7 @@ from flytekit import Resources
 from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.backends import JobConfig
-from kfpytorch_ray.checks import is_elastic, parse_nnodes
+from kfpytorch_ray.checks import is_elastic, parse_nnodes, worker_count
 from kfpytorch_ray.config import KubernetesOptions
 from kfpytorch_ray.task_arguments import TaskArguments, nothing_asked
 
@@ -59,7 +59,7 @@ def worker_resources(options: KubernetesOptions, arguments: TaskArguments) -> Re
 
 
 def _replica_groups(config: Any, resources: ResourceSpec, gpu_resource: str) -> tuple[WorkerGroup, ...]:
-    replicas = config.num_workers or config.worker.replicas or 0
+    replicas = worker_count(config)
     master, worker = (
         pod_resources(own_resources(replica) or resources, gpu_resource, cpus=1)
         for replica in (config.master, config.worker)

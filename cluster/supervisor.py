@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import sys
 import time
 import traceback
@@ -39,6 +38,7 @@ from kfpytorch_ray.cluster.protocol import (
     WorkerSpec,
 )
 from kfpytorch_ray.cluster.records import Traces, record_of
+from kfpytorch_ray.cluster.worker_failure import read_failure
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, PAGE_VARIABLE, Beat, HeartbeatPage
 
 _STRAYS_WAIT_S = 5.0
@@ -162,7 +162,7 @@ class _Supervisor:
     def _traces(self, agent: RoundAgent, rank: int, failure: Path, beat: Beat, started_at: float) -> Traces:
         return Traces(
             ended=agent.ended().get(rank),
-            failure=pickle.loads(failure.read_bytes()) if failure.exists() else None,
+            failure=read_failure(failure),
             beat=beat,
             last_sign=_last_sign(beat, started_at),
             stdout=None if agent.workers is None else agent.workers.stdouts[rank],

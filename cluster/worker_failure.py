@@ -53,6 +53,14 @@ def failures_written(path: Path, stage: Stage) -> Iterator[None]:
         raise
 
 
+def read_failure(path: Path) -> WorkerFailure | None:
+    """What a worker has written of its failure; None if it has not failed."""
+    if not path.exists():
+        return None
+    failure: WorkerFailure = pickle.loads(path.read_bytes())
+    return failure
+
+
 def format_traceback(error: Exception) -> str:
     """The traceback as Python prints it, from the user's function on."""
     frames = error.__traceback__

@@ -38,6 +38,12 @@ def parse_nnodes(value: int | str) -> tuple[int, int]:
     return low, high
 
 
+def worker_count(config: Any) -> int:
+    """Workers of a ``PyTorch`` job beside its master, by either spelling."""
+    count: int = config.num_workers or config.worker.replicas or 0
+    return count
+
+
 def problems_of(config: JobConfig) -> tuple[str, ...]:
     """Every problem of an ``Elastic`` or ``PyTorch`` config."""
     own = _elastic_problems(config) if is_elastic(config) else _pytorch_problems(config)

@@ -20,7 +20,7 @@ from flytekit import Resources
 from flytekit.core.context_manager import ExecutionParameters, FlyteContextManager
 from flytekit.core.resources import ResourceSpec
 
-from kfpytorch_ray.checks import parse_nnodes
+from kfpytorch_ray.checks import parse_nnodes, worker_count
 from kfpytorch_ray.config import DEFAULT_ARRIVAL_WINDOW_S, DEFAULT_TIMEOUT_S, Elastic, PyTorch, RestartPolicy
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
@@ -106,7 +106,7 @@ def plan_pytorch(config: PyTorch, call: Call) -> LaunchPlan:
     Raises:
         ConfigError: A resource of the task or of a replica is not a Kubernetes quantity.
     """
-    replicas = config.num_workers or config.worker.replicas or 0
+    replicas = worker_count(config)
     worker = node_resources(_own_resources(config.worker) or call.arguments.resources, workers=1)
     master = node_resources(_own_resources(config.master) or call.arguments.resources, workers=1)
     return LaunchPlan(

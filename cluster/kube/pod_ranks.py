@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import socket
 import time
@@ -17,9 +16,9 @@ from kfpytorch_ray.cluster.interruption import TERMINATED
 from kfpytorch_ray.cluster.kube.pod_worker import Places, Returned, train
 from kfpytorch_ray.cluster.memory import OutOfMemoryWatch
 from kfpytorch_ray.cluster.policy import Reason
-from kfpytorch_ray.cluster.protocol import WorkerFailure
 from kfpytorch_ray.cluster.records import Ended, Traces, record_of
 from kfpytorch_ray.cluster.torch_elastic import launch_config, run_node
+from kfpytorch_ray.cluster.worker_failure import read_failure
 from kfpytorch_ray.errors import LaunchError
 from kfpytorch_ray.heartbeat import Beat
 from kfpytorch_ray.plan import Contract, LaunchPlan
@@ -97,7 +96,7 @@ def _failed(rank: int, failure: Any, places: Places, logs: Path, workers: int, *
     folder = max(logs.glob(f"*/attempt_*/{failure.local_rank}"), key=os.path.getmtime, default=logs)
     traces = Traces(
         Ended(failure.exitcode, at, out_of_memory=out_of_memory and failure.exitcode == -signal.SIGKILL),
-        _written_failure(places, rank),
+        read_failure(places.failure(rank)),
         _SILENT,
         at,
         stdout=str(folder / "stdout.log"),
@@ -120,17 +119,9 @@ def _single(plan: LaunchPlan, places: Places) -> dict[int, Returned]:
     except Exception as raised:  # noqa: BLE001 - it is the user's, and the end of this process
         traceback.print_exc()
         code, error = 1, raised
-    traces = Traces(Ended(code, time.time()), _written_failure(places, rank), _SILENT, started_at)
+    traces = Traces(Ended(code, time.time()), read_failure(places.failure(rank)), _SILENT, started_at)
     record = record_of(traces, rank, 0, rank, socket.gethostname())
     raise _error(plan, places, [record], started_at) from error
-
-
-def _written_failure(places: Places, rank: int) -> WorkerFailure | None:
-    path = places.failure(rank)
-    if not path.exists():
-        return None
-    failure: WorkerFailure = pickle.loads(path.read_bytes())
-    return failure
 
 
 def _error(plan: LaunchPlan, places: Places, ranks: list[RankRecord], started_at: float) -> LaunchError:

@@ -90,14 +90,12 @@ def settle_success(run: Storage) -> bool:
     Raises:
         StorageError: The storage cannot be read or written.
     """
-    found = [one for one in _reports(run) if one[0].state == RunStatus.SUCCEEDED.value]
-    results = {rank: (sha256, size) for said, _ in found for rank, sha256, size in said.results}
-    rounds = [record.rounds[-1] for _, record in found]
-    if not rounds or set(results) != set(range(rounds[0].world_size)):
+    found = [(pod, said) for pod, said in _reports(run) if said.state == RunStatus.SUCCEEDED.value]
+    results = {rank: (sha256, size) for _, said in found for rank, sha256, size in said.results}
+    if not found or set(results) != set(range(_round(run, *found[0]).world_size)):
         return False
-    write_outcome(
-        run, RunStatus.SUCCEEDED, Record((merged(rounds),)), tuple(results[rank] for rank in range(len(results)))
-    )
+    together = merged([_round(run, pod, said) for pod, said in found])
+    write_outcome(run, RunStatus.SUCCEEDED, Record((together,)), tuple(results[rank] for rank in range(len(results))))
     return True
 
 
@@ -112,7 +110,7 @@ def settle_failure(run: Storage, name: str) -> bool:
         StorageError: The storage cannot be read or written.
     """
     found = sorted(
-        (one for one in _reports(run) if one[1].error is not None and one[0].state != RunStatus.SUCCEEDED.value),
+        ((said, _record(run, pod, said)) for pod, said in _reports(run) if said.state != RunStatus.SUCCEEDED.value),
         key=lambda one: one[0].ended_at,
     )
     failed = [one for one in found if one[0].state == RunStatus.FAILED.value]
@@ -138,7 +136,7 @@ def better_may_come(run: Storage) -> bool:
     Raises:
         StorageError: The storage cannot be read.
     """
-    found = [record for said, record in _reports(run) if said.state == RunStatus.FAILED.value]
+    found = [_record(run, pod, said) for pod, said in _reports(run) if said.state == RunStatus.FAILED.value]
     causes = [root_cause(record.rounds[-1]) for record in found if record.rounds and failures(record.rounds[-1])]
     return all(may_miss_a_peer(cause) for cause in causes) and len(causes) == len(found)
 
@@ -158,12 +156,16 @@ def merged(rounds: Sequence[RoundRecord]) -> RoundRecord:
     )
 
 
-def _reports(run: Storage) -> list[tuple[PodReport, Record]]:
-    found = []
-    for pod in run.folder(PODS).names():
-        folder = folder_of(run, pod)
-        if (data := folder.read(_REPORT)) is not None:
-            said = PodReport.from_json(data)
-            record: Record = pickle.loads(folder.read_checked(_RECORD, Digest(*said.record)))
-            found.append((said, record))
-    return found
+def _reports(run: Storage) -> list[tuple[str, PodReport]]:
+    """The pods that have said how they ended, and what they have said."""
+    said = ((pod, folder_of(run, pod).read(_REPORT)) for pod in run.folder(PODS).names())
+    return [(pod, PodReport.from_json(data)) for pod, data in said if data is not None]
+
+
+def _record(run: Storage, pod: str, said: PodReport) -> Record:
+    record: Record = pickle.loads(folder_of(run, pod).read_checked(_RECORD, Digest(*said.record)))
+    return record
+
+
+def _round(run: Storage, pod: str, said: PodReport) -> RoundRecord:
+    return _record(run, pod, said).rounds[-1]

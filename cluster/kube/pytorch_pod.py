@@ -129,7 +129,7 @@ class _Pod:
 
     def _wait_for_others(self) -> int:
         deadline = time.monotonic() + _OTHERS_WAIT_S
-        while not settle_success(self.folder) and read_outcome(self.folder) is None:
+        while read_outcome(self.folder) is None and not settle_success(self.folder):
             if time.monotonic() > deadline:
                 logger.error("The other pods have not brought their results within %g s.", _OTHERS_WAIT_S)
                 return EXIT_FAILED

@@ -18,6 +18,8 @@ _FIRST = ("apiVersion", "kind", "metadata", "name", "namespace", "spec", "image"
 """Keys that come first, where people look for them; others stay as they were put together."""
 
 _NUMBER = re.compile(r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?)(e[-+]?[0-9_]+)?|[-+]?0[box][0-9a-f_]+", re.IGNORECASE)
+_OTHER_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+"""Which PyYAML writes as they are unless it escapes them, and reads as line ends."""
 _BOOLEANS = frozenset({"y", "n"})
 """Of go-yaml, in any case, beside those that PyYAML knows of."""
 
@@ -52,7 +54,9 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc] # PyYAML ships no py.typed
 
 def _write_text(dumper: _Dumper, value: str) -> Any:
     style = None
-    if "\n" in value and not value[0].isspace():
+    if _OTHER_LINE_ENDS.search(value):
+        style = '"'
+    elif "\n" in value and not value[0].isspace():
         style = "|"
     elif _NUMBER.fullmatch(value) or value.lower() in _BOOLEANS:
         style = "'"

@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner, Result
 from flytekit import ImageSpec
 from flytekit.core.python_auto_container import get_registerable_container_image
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kfpytorch_ray import ConfigError, KubeRayBackend
@@ -356,6 +356,8 @@ def test_other_texts_are_not(text: str) -> None:
     assert as_yaml([{"value": text}]) == f"value: {text}\n"
 
 
+@example("\x85")
+@example("a\nb\u2028")
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"])) | st.from_regex(r"[ \n\ta-c'\"|:#-]*"))
 def test_every_text_arrives_as_it_is(text: str) -> None:
     """Whatever its line ends, quotes and leading spaces."""
