@@ -28,7 +28,7 @@ from kfpytorch_ray.flyte_worker import RECOVERABLE_MARKER, UNPICKLABLE_MARKER, h
 from kfpytorch_ray.plan import LaunchPlan
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
 logger = logging.getLogger(__name__)
@@ -139,11 +139,21 @@ def _end(workers: set[BaseProcess]) -> None:
 def _worker_error(error: ChildFailedError) -> LaunchError:
     _, first = error.get_first_failure()
     message = error.format_msg()
+    failed_at = _time_of(first)
     if has_marker(first.error_file, RECOVERABLE_MARKER):
-        return RecoverableWorkerError(message, first.timestamp)
+        return RecoverableWorkerError(message, failed_at)
     if has_marker(first.error_file, UNPICKLABLE_MARKER):
-        return ResultError(message, first.timestamp)
-    return WorkerFailedError(message, first.timestamp)
+        return ResultError(message, failed_at)
+    return WorkerFailedError(message, failed_at)
+
+
+def _time_of(failure: ProcessFailure) -> float:
+    """When a rank failed. Torch tells whole seconds, within which ranks of other pods have failed because of it."""
+    try:
+        return os.stat(failure.error_file).st_mtime
+    except OSError:
+        # A rank that was killed has written none.
+        return float(failure.timestamp)
 
 
 def _interrupted(plan: LaunchPlan, error: Exception) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import logging
 import os
+import time
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -37,6 +39,7 @@ from kfpytorch_ray.config import (
     RunPolicy,
     Worker,
 )
+from kfpytorch_ray.error_file import told_earlier
 from kfpytorch_ray.errors import (
     TORCH_IMPORT_ERROR_MESSAGE,
     KfpytorchRayError,
@@ -75,6 +78,8 @@ __all__ = [
     "Worker",
     "spawn_helper",
 ]
+
+logger = logging.getLogger(__name__)
 
 CONFIG_KEY = "kfpytorch_ray.backend"
 """Key in a task template's ``config`` that names the backend where it is not the default."""
@@ -201,7 +206,7 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         Raises:
             FlyteRecoverableException: Flyte may run the task again.
             FlyteUserRuntimeException: It may not; the cause is the user's own exception where it can be had.
-            IgnoreOutputs: Rank 0 ran in another pod, whose outputs count.
+            IgnoreOutputs: Rank 0 ran in another pod, whose outputs count, or another pod failed first.
         """
         context = current_context()
         if not self.job.choice.is_default and not isinstance(self.job.adapter, ShapesPods):
@@ -228,6 +233,9 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
             # What is wrong with a config or a cluster, and stays wrong, is raised as it is.
             if not (error.retryable or isinstance(error, LaunchError | PayloadError | PlacementError)):
                 raise
+            if told_earlier(context, getattr(error, "timestamp", 0.0) or time.time()):
+                logger.warning("Another pod failed before this one and has told Flyte. This one: %s", error)
+                raise IgnoreOutputs from error
             raise _flyte_error(error) from (error.__cause__ or error)
         _hand_over(first)
         return first.return_value

@@ -31,7 +31,7 @@ from kfpytorch_ray.testing import HeadCluster, wait_until
 pytestmark = pytest.mark.timeout(600)
 
 Attempts = Callable[..., Attempt]
-Registered = tuple[ModuleType, SerializationSettings | None]
+Registered = tuple[ModuleType, SerializationSettings]
 """Tasks, and the settings with which they were registered."""
 
 
@@ -84,24 +84,18 @@ def test_a_task_without_outputs(head: HeadCluster, attempt: Attempts, tmp_path: 
 
 
 def test_a_map_runs_the_task_for_each_input(head: HeadCluster, attempt: Attempts) -> None:
-    """Every element is a launch on two nodes; it takes its own of the inputs, and leaves its own output."""
+    """Every element is a launch on two nodes; it takes its own of the inputs, and leaves its own output.
+
+    One of the command's arguments is empty, which the submitter's two shells must not lose, nor the one of the job API.
+    """
     mapped = map_task(on_ray.total)
-    for index, expected in enumerate((1, 201)):
-        element = attempt(mapped, index=index)
-        element.write_inputs(base=[0, 100])
-        identifier = submitted(head, element)
-        assert succeeded(ended(head, identifier))
-        assert element.error() is None
-        assert element.outputs() == {"o0": expected}
-
-
-def test_a_map_passes_the_submitters_shells(head: HeadCluster, attempt: Attempts) -> None:
-    """One of its arguments is empty, which two shells must not lose."""
-    element = attempt(map_task(on_ray.total), index=1)
-    element.write_inputs(base=[0, 100])
-    identifier, _ = run_submitter(head, element)
+    first, second = attempt(mapped, index=0), attempt(mapped, index=1)
+    first.write_inputs(base=[0, 100])
+    assert succeeded(ended(head, submitted(head, first)))
+    identifier, _ = run_submitter(head, second)
     assert succeeded(ended(head, identifier))
-    assert element.outputs() == {"o0": 201}
+    assert [element.error() for element in (first, second)] == [None, None]
+    assert [element.outputs() for element in (first, second)] == [{"o0": 1}, {"o0": 201}]
 
 
 FLOW = """
@@ -131,12 +125,6 @@ def places_of_all_ranks():
     beside = {path.name for path in Path(__file__).parents[1].iterdir() if path.is_file()}
     return of_all_ranks(" ".join([__file__, *beside]))
 """
-
-
-@pytest.fixture
-def in_the_image() -> Registered:
-    """Tasks that every pod has."""
-    return on_ray, None
 
 
 @pytest.fixture
@@ -179,17 +167,16 @@ def test_code_of_fast_registration_reaches_every_node(
         assert re.fullmatch(r".*/working_dir_files/\w+/steps/places.py flow_in_a_tar.py", place)
 
 
-@pytest.mark.parametrize("code", ["in_the_image", "in_a_tar"])
 def test_a_cancelled_job_stops_its_workers_in_order(
-    head: HeadCluster, attempt: Attempts, tmp_path: Path, code: str, request: pytest.FixtureRequest
+    head: HeadCluster, attempt: Attempts, tmp_path: Path, in_a_tar: Registered
 ) -> None:
     """They have their grace, longer than Ray's own 3 s; nothing says success, and no process stays.
 
-    From a tar the driver is asked twice: by Ray, and by flytekit's process above it, which Ray asks as well.
+    The driver is asked twice: by Ray, and by pyflyte-fast-execute above it, which Ray asks as well.
     """
-    tasks, settings = request.getfixturevalue(code)
-    one = attempt(tasks.train_for_ever, settings)
-    one.write_inputs(folder=str(tmp_path), goodbye_s=5.0)
+    flow, settings = in_a_tar
+    one = attempt(flow.train_for_ever, settings)
+    one.write_inputs(folder=str(tmp_path), goodbye_s=4.0)
     identifier = submitted(head, one)
     wait_until(lambda: len(list(tmp_path.glob("began-*"))) == 2, "both ranks to train")
     JobSubmissionClient(head.address).stop_job(identifier)

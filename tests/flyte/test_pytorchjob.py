@@ -46,16 +46,18 @@ def test_a_task_without_outputs(attempt: Attempts, image: dict[str, str], tmp_pa
     assert one.error() is None
 
 
-def test_the_users_error_is_told(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:
-    """Exit code 0 of all, as Flyte needs it to read the error."""
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_users_error_is_told(attempt: Attempts, image: dict[str, str], tmp_path: Path, rank: str) -> None:
+    """Exit code 0 of all, as Flyte needs it to read the error: the user's, and not what follows from it elsewhere."""
     one = attempt(on_pytorchjob.fail)
-    one.write_inputs(message="no such column: 'price'", rank="0")
+    one.write_inputs(message="no such column: 'price'", rank=rank, told=str(one.folder / "error.pb"))
     ended = run_pods(one, image, tmp_path)
     assert exit_codes(ended) == {"worker-0": 0, "worker-1": 0}
     assert one.outputs() is None
     error = one.error()
     assert error.kind == errors_pb2.ContainerError.NON_RECOVERABLE
     assert error.origin == execution_pb2.ExecutionError.USER
+    assert "ValueError: no such column: 'price'" in error.message
 
 
 def test_a_map_runs_the_task_for_each_input(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:
@@ -67,23 +69,26 @@ def test_a_map_runs_the_task_for_each_input(attempt: Attempts, image: dict[str, 
 
 
 def test_replicas_are_called_as_they_are(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:
-    """A ``PyTorch`` job: the master and its workers each call the function once, under the operator's ranks."""
+    """A ``PyTorch`` job: the master and its workers each call the function once, under the operator's ranks.
+
+    As upstream: each writes what it returns to the same file, so that they do well to return the same.
+    """
     one = attempt(on_pytorchjob.total_of_replicas)
     one.write_inputs(base=10)
-    assert exit_codes(run_pods(one, image, tmp_path)) == {"master-0": 0, "worker-0": 0}
+    ended = run_pods(one, image, tmp_path)
+    assert exit_codes(ended) == {"master-0": 0, "worker-0": 0}
+    assert not any(IGNORED in pod.log for pod in ended.values())
     assert one.outputs() == {"o0": 21}
     assert one.error() is None
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_gathered_errors_tell_the_first_one(
-    attempt: Attempts, image: dict[str, str], tmp_path: Path, rank: str
-) -> None:
+def test_gathered_errors_tell_the_first_one(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:
     """With Flyte's aggregation of errors every pod writes a file of its own, and the earliest is the user's."""
     one = attempt(on_pytorchjob.fail)
-    one.write_inputs(message="no such column: 'price'", rank=rank)
+    one.write_inputs(message="no such column: 'price'", rank="1", told="")
     ended = run_pods(one, {**image, "_F_DES": "EARLIEST"}, tmp_path)
     assert exit_codes(ended) == {"worker-0": 0, "worker-1": 0}
     errors = [one.error(path.name) for path in one.folder.glob("error-*.pb")]
+    assert {error.worker for error in errors} == {"execution-n0-0-worker-0", "execution-n0-0-worker-1"}
     earliest = min(errors, key=lambda error: error.timestamp.ToNanoseconds())
     assert "no such column: 'price'" in earliest.message

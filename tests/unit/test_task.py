@@ -3,11 +3,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import flytekit
 import flytekitplugins.kfpytorch as upstream
 import pytest
+from flyteidl.core.errors_pb2 import ContainerError, ErrorDocument
 from flytekit import PodTemplate, Resources, task, workflow
 from flytekit.configuration import Image, ImageConfig, SerializationSettings
 from flytekit.core.context_manager import (
@@ -18,6 +20,7 @@ from flytekit.core.context_manager import (
 )
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
 from flytekit.extend import IgnoreOutputs
+from google.protobuf.timestamp_pb2 import Timestamp
 from kubernetes.client import V1Container, V1PodSpec
 
 from kfpytorch_ray import ConfigError, Elastic, PyTorch, RunPolicy, Worker
@@ -307,6 +310,19 @@ def test_the_users_exception_is_the_cause(double: Any, execution: Any, monkeypat
     with pytest.raises(FlyteUserRuntimeException) as caught:
         task(task_config=Elastic(backend="double"))(train).execute(x=1)  # type: ignore[attr-defined]
     assert caught.value.__cause__ is users
+
+
+def test_a_failure_that_follows_from_another_pods_is_not_told(
+    double: Any, execution: flytekit.FlyteContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Flyte reads one error file per attempt: the first failure stays in it. The pod's log has this one."""
+    earlier = ContainerError(timestamp=Timestamp(seconds=12))
+    (tmp_path / "error.pb").write_bytes(ErrorDocument(error=earlier).SerializeToString())
+    monkeypatch.setattr(execution.user_space_params, "_output_metadata_prefix", tmp_path.as_uri())
+    monkeypatch.setattr(double, "answer", raising(WorkerFailedError("rank 1: connection lost", 12.5)))
+    with pytest.raises(IgnoreOutputs):
+        task(task_config=Elastic(backend="double"))(train).execute(x=1)  # type: ignore[attr-defined]
+    assert "rank 1: connection lost" in caplog.text
 
 
 @pytest.mark.parametrize("error", [BackendUnavailableError("x"), ConfigError("Elastic", ("x",))])

@@ -21,8 +21,8 @@ def report(base: int) -> dict[str, str]:
 
 
 @task(**on_two_pods())
-def fail(message: str, rank: str) -> int:
-    return training.fail(message, rank)
+def fail(message: str, rank: str, told: str) -> int:
+    return training.fail(message, rank, told)
 
 
 @task(**on_two_pods())

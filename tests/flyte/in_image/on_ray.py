@@ -41,8 +41,3 @@ def leave_note(folder: str) -> None:
 @task(**on_two_nodes())
 def total(base: int) -> int:
     return training.sum_of_ranks(base)
-
-
-@task(**on_two_nodes())
-def train_for_ever(folder: str, goodbye_s: float) -> None:
-    training.train_for_ever(folder, goodbye_s)

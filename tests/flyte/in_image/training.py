@@ -65,11 +65,27 @@ def resume(steps: int) -> int:
     raise FlyteRecoverableException("the node is pre-empted")
 
 
-def fail(message: str, rank: str = "1") -> int:
-    """One rank fails while the others wait for it."""
+def fail(message: str, rank: str = "1", told: str = "") -> int:
+    """One rank fails while the others wait for it: they fail as well, because they lose their connection to it.
+
+    Args:
+        message: Of the rank that fails.
+        rank: Which one.
+        told: Where its pod tells of it, without which the others do not fail. They may as soon as they like if empty.
+    """
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    dist.barrier()
     if os.environ["RANK"] == rank:
         raise ValueError(message)
-    return sum_of_ranks(0)
+    try:
+        dist.all_reduce(torch.ones(1))
+    finally:
+        while told and not Path(told).exists():
+            time.sleep(0.05)
+    return 0
 
 
 def leave_note(folder: str) -> None:
