@@ -9,7 +9,7 @@ import pytest
 
 from kfpytorch_ray.cluster.kube import driver
 from kfpytorch_ray.cluster.remote.outcome import read_record, write_failure
-from kfpytorch_ray.errors import RunLostError, RunStoppedError
+from kfpytorch_ray.errors import IntegrityError, RunLostError, RunStoppedError
 from kfpytorch_ray.runs import DRIVER, MANIFEST, Outcome, read_outcome
 from kfpytorch_ray.storage import Storage
 
@@ -18,7 +18,7 @@ RUN = "kfr-train-1"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Storage:
-    """Of a run whose request is gone: a driver that begins says so."""
+    """Of a run whose request is gone: a driver that begins ends at once, and says so."""
     storage = Storage(str(tmp_path))
     storage.write(MANIFEST, b"{}")
     return storage
@@ -41,7 +41,7 @@ def test_a_second_start_on_a_cluster_is_a_lost_head(
     folder: Storage, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """The first one went with its pod: that is the outcome, and nothing is trained twice."""
-    assert "has no request" in started(folder, "c-1", monkeypatch, capfd)[1]
+    folder.write(DRIVER, b"c-1")
     code, said = started(folder, "c-1", monkeypatch, capfd)
     assert code == 1
     assert "head pod of the run kfr-train-1 was lost" in said
@@ -50,9 +50,10 @@ def test_a_second_start_on_a_cluster_is_a_lost_head(
 
 def test_another_cluster_is_another_try(folder: Storage, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """A queue took the first one back: it begins anew."""
-    for cluster in ("c-1", "c-2"):
-        assert "has no request" in started(folder, cluster, monkeypatch, capfd)[1]
-    assert read_outcome(folder) is None
+    folder.write(DRIVER, b"c-1")
+    assert "has no request" in started(folder, "c-2", monkeypatch, capfd)[1]
+    assert folder.read(DRIVER) == b"c-2"
+    assert isinstance(read_record(folder, outcome_of(folder)).error, IntegrityError)
 
 
 def test_a_run_that_is_over_is_not_begun_again(folder: Storage, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -64,5 +65,5 @@ def test_a_run_that_is_over_is_not_begun_again(folder: Storage, monkeypatch: pyt
 
 def test_a_run_that_was_removed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """No note of a driver makes a run of an empty folder."""
-    assert "has no request" in started(Storage(str(tmp_path)), "c-1", monkeypatch, capfd)[1]
+    assert "holds no run" in started(Storage(str(tmp_path)), "c-1", monkeypatch, capfd)[1]
     assert Storage(str(tmp_path)).read(DRIVER) is None
