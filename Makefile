@@ -29,7 +29,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-kubernetes chaos check format clean
+.PHONY: help demo test test-flyte test-kubernetes chaos check format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -37,9 +37,12 @@ help: ## Show the targets
 demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 	$(BIN)/python examples/digits.py
 
-test: $(INSTALLED) ## Run all tests but those of test-kubernetes
-	$(BIN)/pytest --ignore tests/chaos --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
+test: $(INSTALLED) ## Run all tests but those of test-flyte and test-kubernetes
+	$(BIN)/pytest --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
 	$(CHAOS) --chaos-runs 1
+
+test-flyte: $(INSTALLED) ## Run the commands that Flyte would run, on a real Ray and as the pods of a PyTorchJob
+	$(BIN)/pytest tests/flyte -n $(TEST_PROCESSES) --dist loadfile --durations 15
 
 test-kubernetes: $(INSTALLED) ## Run the tests that need a Kubernetes cluster: one of their own by the scripts in KUBE, or KUBECONFIG=FILE
 	$(KUBERNETES) $(BIN)/pytest tests/kubernetes $(KUBERNETES_PROCESSES) --durations 15

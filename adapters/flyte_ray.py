@@ -18,6 +18,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 
 from kfpytorch_ray.adapters.worker_pods import WorkerGroup, pod_resources, worker_groups
 from kfpytorch_ray.backends import JobConfig
+from kfpytorch_ray.cluster.runtime_env import driver_environment
 from kfpytorch_ray.config import KubeRayBackend
 from kfpytorch_ray.pod_template import as_manifest
 from kfpytorch_ray.task_arguments import TaskArguments
@@ -118,4 +119,4 @@ def _overlay(name: str, resources: dict[str, dict[str, str]], template: PodTempl
 
 def _runtime_env(options: KubeRayBackend) -> str:
     # JSON is YAML, and needs no package for it.
-    return json.dumps(options.runtime_env, sort_keys=True) if options.runtime_env else ""
+    return json.dumps({**(options.runtime_env or {}), "env_vars": driver_environment(options)}, sort_keys=True)

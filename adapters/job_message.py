@@ -13,9 +13,7 @@ from google.protobuf.json_format import MessageToDict
 
 from kfpytorch_ray.backends import JobConfig
 from kfpytorch_ray.checks import is_elastic, parse_nnodes
-
-RENDEZVOUS_BACKEND = "c10d"
-"""Needs no server of its own: the workers meet at the PyTorchJob's master."""
+from kfpytorch_ray.cluster.torch_elastic import RENDEZVOUS_BACKEND
 
 
 def job_message(config: JobConfig) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Pods in Kubernetes's own words, made of the user's templates: for resources that this package creates itself. Pure.
+"""Pods and metadata in Kubernetes's own words: for resources that this package creates itself. Pure.
 
 Templates are laid over each other much as Kubernetes's strategic merge patch has it: what has a name (containers,
 variables, volumes) is merged with what has the same, a list of plain values is replaced, other lists are joined.
@@ -11,9 +11,13 @@ from typing import Any
 
 from flytekit import PodTemplate
 
+from kfpytorch_ray.config import KubernetesOptions
 from kfpytorch_ray.pod_template import as_manifest
 
 Manifest = dict[str, Any]
+
+RUN_LABEL = "kfpytorch-ray/run"
+"""On the custom resource of a run; KubeRay copies it to the cluster."""
 
 _KEYS = {"volumeMounts": "mountPath", "ports": "containerPort"}
 """By what the items of a list are told apart, where that is not their name."""
@@ -43,6 +47,18 @@ def pod(
     merged["containers"][0]["resources"] = resources
     metadata = {key: value for key, value in (("labels", labels), ("annotations", annotations)) if value}
     return {**({"metadata": metadata} if metadata else {}), "spec": merged}
+
+
+def resource_metadata(name: str, options: KubernetesOptions) -> Manifest:
+    """Of the custom resource of a run.
+
+    Args:
+        name: Of it, which is the run's id.
+        options: The backend's.
+    """
+    labels = {"app.kubernetes.io/managed-by": "kfpytorch-ray", RUN_LABEL: name, **options.labels}
+    beside = {"annotations": dict(options.annotations)} if options.annotations else {}
+    return {"name": name, "namespace": options.namespace or "default", "labels": labels, **beside}
 
 
 def laid_over(base: Any, over: Any, key: str = "name") -> Any:

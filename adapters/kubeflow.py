@@ -1,8 +1,9 @@
-"""The kubeflow backend: what Flyte registers as a PyTorchJob, and torch elastic in this process.
+"""The kubeflow backend: what Flyte registers as a PyTorchJob, torch elastic in this process, PyTorchJobs of our own.
 
 Registers exactly what flytekitplugins-kfpytorch 1.16 registers. Executes as it does: inside a PyTorchJob's pod, where
 the operator's PET_* variables lead to the other nodes, and on one machine without them. A ``PyTorch`` job's processes
-are started by the operator, so there is nothing to launch. Found by kfpytorch_ray.backends.
+are started by the operator, so there is nothing to launch. Where the options name a cluster and Flyte has not started
+this process, it creates the PyTorchJob and follows it as any remote run. Found by kfpytorch_ray.backends.
 """
 
 from __future__ import annotations
@@ -10,67 +11,67 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.adapters import kubeflow_findings
-from kfpytorch_ray.adapters.job_message import RENDEZVOUS_BACKEND, is_plain_pod, job_message
-from kfpytorch_ray.backends import Findings, JobConfig
-from kfpytorch_ray.checks import is_elastic
-from kfpytorch_ray.config import KubeflowBackend
-from kfpytorch_ray.errors import (
-    TORCH_IMPORT_ERROR_MESSAGE,
-    LaunchError,
-    LaunchInterruptedError,
-    PlacementTimeoutError,
-    RecoverableWorkerError,
-    ResultError,
-    WorkerFailedError,
-    explain,
+from kfpytorch_ray.adapters.job_message import is_plain_pod, job_message
+from kfpytorch_ray.adapters.search_path import search_path
+from kfpytorch_ray.adapters.stored_runs import (
+    EXAMPLE_IMAGE,
+    EXAMPLE_RUN,
+    EXAMPLE_STORAGE,
+    address_of,
+    located,
+    manifest_of,
 )
+from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfig
+from kfpytorch_ray.checks import is_elastic
+from kfpytorch_ray.cluster.torch_elastic import launch_config, run_node
+from kfpytorch_ray.config import Elastic, KubeflowBackend
+from kfpytorch_ray.errors import ConfigError, ResultError
 from kfpytorch_ray.flyte_worker import (
-    RECOVERABLE_MARKER,
     UNPICKLABLE_MARKER,
-    has_marker,
     leave_marker,
     run_in_current_context,
     spawn_helper,
 )
-from kfpytorch_ray.payload import dump_payload, dump_result, importable, load_result
+from kfpytorch_ray.payload import dump_payload, dump_result, importable, load_payload, load_result
 from kfpytorch_ray.plan import LaunchPlan
+from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
+from kfpytorch_ray.run import Run
+from kfpytorch_ray.runs import Manifest, run_folder, storage_of
+from kfpytorch_ray.storage import Digest, Storage
 from kfpytorch_ray.task_arguments import TaskArguments
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig
+
+    from kfpytorch_ray.cluster.kube.pod_request import PodRequest
+    from kfpytorch_ray.cluster.remote.handle import RemoteRun
 
 logger = logging.getLogger(__name__)
 
 MULTI_NODE_TASK_TYPE = "pytorch"
 SINGLE_NODE_TASK_TYPE = "python-task"
 
+NEEDS_IMAGE = (
+    "a PyTorchJob that this process creates needs image='REGISTRY/NAME:TAG': what all pods run, with torch and "
+    "kfpytorch_ray in the versions of this machine"
+)
+
 
 class KubeflowAdapter:
-    """PyTorchJob on Flyte, torch elastic in this process. Takes no options.
-
-    Args:
-        options: ``KubeflowBackend()`` or None; the same.
-    """
+    """PyTorchJobs, and torch elastic in this process. See ``KubeflowBackend`` for the options."""
 
     def __init__(self, options: KubeflowBackend | None = None) -> None:
-        self._options = options
+        self._options = options or KubeflowBackend()
 
     def check(self, config: JobConfig) -> Findings:
-        """A fork server is not known to torch elastic's launcher here."""
-        if is_elastic(config) and getattr(config, "start_method", None) == "forkserver":
-            return Findings(
-                problems=(
-                    "start_method='forkserver': Bad start method for the backend 'kubeflow', use 'spawn' or 'fork'",
-                )
-            )
-        return Findings()
+        """Name what is wrong with the options, and what torch elastic's launcher does not know."""
+        return kubeflow_findings.find(config, self._options)
 
     def task_type(self, config: JobConfig) -> str:
         """``python-task`` for one node, given as a number; ``pytorch`` otherwise, also for ``"1"`` and ``"1:1"``."""
@@ -82,7 +83,7 @@ class KubeflowAdapter:
 
     def lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
         """Every field that does not arrive, and why. Upstream's plugin loses the same."""
-        return kubeflow_findings.lost(config, arguments)
+        return kubeflow_findings.lost(config, self._options, arguments)
 
     def flyte_manifests(self, template: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         """The PyTorchJob, or the Pod of a single node, that Flyte makes of a task template."""
@@ -94,8 +95,23 @@ class KubeflowAdapter:
         return (render(template, FlyteExecution()),)
 
     def launches(self, config: JobConfig) -> bool:
-        """Elastic jobs are launched here; a ``PyTorch`` job's processes by the operator."""
-        return is_elastic(config)
+        """Elastic jobs are launched here, and PyTorchJobs of our own; a ``PyTorch`` job's processes by the operator."""
+        return is_elastic(config) or self._creates_job()
+
+    def kubernetes_manifests(self, config: JobConfig, arguments: TaskArguments) -> tuple[dict[str, Any], ...]:
+        """The PyTorchJob that this process creates without Flyte; what no option names is an example."""
+        from kfpytorch_ray.adapters.pytorchjob_manifest import pytorch_job
+        from kfpytorch_ray.cluster.kube.entrypoint import POD, command
+
+        folder = f"{self._options.storage or EXAMPLE_STORAGE}/runs/{EXAMPLE_RUN}"
+        example = Digest("0" * 64, 0)
+        options = replace(self._options, image=self._options.image or EXAMPLE_IMAGE)
+        words = command(POD, EXAMPLE_RUN, folder, example.sha256, example)
+        return (pytorch_job(config, options, arguments, name=EXAMPLE_RUN, command=words),)
+
+    def kubernetes_lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
+        """Every field that does not arrive where this process creates the PyTorchJob, and why."""
+        return kubeflow_findings.lost_without_flyte(self._options, arguments)
 
     def build(self, plan: LaunchPlan) -> LaunchConfig:
         """The configuration of torch elastic's launcher; the operator names the rendezvous in PET_RDZV_ENDPOINT.
@@ -103,30 +119,17 @@ class KubeflowAdapter:
         Raises:
             ImportError: torch is not installed.
         """
-        try:
-            from torch.distributed.launcher.api import LaunchConfig
-        except ImportError as error:
-            raise ImportError(TORCH_IMPORT_ERROR_MESSAGE) from error
-        return LaunchConfig(
-            run_id=plan.run_id,
-            min_nodes=plan.min_nodes,
-            max_nodes=plan.max_nodes,
-            nproc_per_node=plan.nproc_per_node,
-            rdzv_backend=RENDEZVOUS_BACKEND,
-            # The user's own dict, as upstream: torch adds its default time-out of 900 s to it.
-            rdzv_configs=plan.rdzv_configs,  # type: ignore[arg-type]
-            rdzv_endpoint=os.environ.get("PET_RDZV_ENDPOINT", "localhost:0"),
-            max_restarts=plan.max_restarts,
-            monitor_interval=plan.monitor_interval_s,
-            start_method=plan.start_method,
-        )
+        return launch_config(plan)
 
     def run(self, plan: LaunchPlan) -> ElasticResult:
-        """Run this node's workers. The result holds the ranks of this node.
+        """Run this node's workers, whose results it holds; or a PyTorchJob, with the results of all ranks.
 
         Raises:
             ImportError: torch is not installed.
+            ConfigError: An option that is needed is missing.
             PayloadError: The function or an input cannot be pickled.
+            ClusterError: The Kubernetes cluster cannot be used.
+            StorageError: The storage cannot be used.
             PlacementTimeoutError: Too few nodes met within the join timeout.
             RecoverableWorkerError: The first rank to fail raised FlyteRecoverableException.
             ResultError: A rank's result cannot be pickled.
@@ -134,27 +137,104 @@ class KubeflowAdapter:
             LaunchInterruptedError: This process was told to stop.
             LaunchError: Torch elastic failed itself.
         """
+        if self._creates_job():
+            return self._submit(plan).follow()
         config = self.build(plan)
-        from torch.distributed.elastic.multiprocessing.api import SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
-        from torch.distributed.launcher.api import elastic_launch
-
         _warn_outside_job(plan)
-        _limit_threads(plan)
         entrypoint, args = _entrypoint(plan)
-        try:
-            with importable(plan.function):
-                outputs = elastic_launch(config=config, entrypoint=entrypoint)(*args)
-        except ChildFailedError as error:
-            raise _worker_error(error) from error
-        except SignalException as error:
-            raise LaunchInterruptedError(_interrupted(plan, error), time.time()) from error
-        except RendezvousTimeoutError as error:
-            raise PlacementTimeoutError(_too_few_nodes(plan, error)) from error
-        except RendezvousError as error:
-            raise LaunchError(_no_rendezvous(plan, config, error), time.time()) from error
+        with importable(plan.function):
+            outputs = run_node(plan, config, entrypoint, args)
         return ElasticResult(tuple(outputs), lambda rank: load_result(outputs[rank]))
+
+    def start(self, plan: LaunchPlan) -> Run:
+        """Create a PyTorchJob for the plan, and return at once.
+
+        Raises:
+            ConfigError: The options name no cluster, or one that is needed is missing.
+            KfpytorchRayError: As ``run``, but for what happens to the plan itself.
+        """
+        if not self._creates_job():
+            problem = (
+                "wait=False needs a cluster on which the run goes on without this process: "
+                "KubeflowBackend(image=..., namespace=..., storage=...)"
+            )
+            raise ConfigError("launch", (problem,))
+        run = self._submit(plan)
+        run.keep_lease()
+        return run
+
+    def attach(self, manifest: Manifest) -> Run:
+        """Open a run whose PyTorchJob was created before.
+
+        Raises:
+            ConfigError: The kubeconfig or the context is not there.
+        """
+        from kfpytorch_ray.cluster.kube.pytorch_job import PyTorchJob
+        from kfpytorch_ray.cluster.kube.submission import namespace_of
+        from kfpytorch_ray.cluster.remote.handle import RemoteRun
+
+        options = located(self._options, manifest.address)
+        folder = run_folder(storage_of(manifest.storage), manifest.run_id)
+        return RemoteRun(
+            manifest,
+            folder,
+            options,
+            lambda: PyTorchJob(namespace_of(options), manifest.run_id, manifest.name, folder, options.ready_timeout_s),
+        )
+
+    def _creates_job(self) -> bool:
+        """Whether this process has a PyTorchJob made; inside one, and under Flyte, it is a part of it."""
+        inside = REMOTE_EXECUTION_VARIABLE in os.environ or "PET_NNODES" in os.environ
+        return self._options.creates_job and not inside
+
+    def _submit(self, plan: LaunchPlan) -> RemoteRun:
+        from kfpytorch_ray.adapters.pytorchjob_manifest import pytorch_job
+        from kfpytorch_ray.cluster.kube.entrypoint import POD, command
+        from kfpytorch_ray.cluster.kube.kinds import PYTORCH_JOB
+        from kfpytorch_ray.cluster.kube.preflight import check_pytorch_job
+        from kfpytorch_ray.cluster.kube.pytorch_job import PyTorchJob
+        from kfpytorch_ray.cluster.kube.submission import destination, namespace_of, submit
+
+        options = self._options
+        if options.image is None:
+            raise ConfigError("KubeflowBackend", (NEEDS_IMAGE,))
+        storage = storage_of(options.storage)
+        namespace = namespace_of(options)
+        run = manifest_of(plan, options.name, options, storage.uri, address_of(namespace.name, options))
+
+        def render(folder: str, sha256: str, packed: Digest | None) -> dict[str, Any]:
+            words = command(POD, run.run_id, folder, sha256, packed)
+            return pytorch_job(plan.config, options, plan.arguments, name=run.run_id, command=words)
+
+        def job(folder: Storage) -> PyTorchJob:
+            return PyTorchJob(namespace, run.run_id, run.name, folder, options.ready_timeout_s)
+
+        to = destination(options, namespace, storage)
+        check_pytorch_job(render("", "", None), namespace)
+        request = _pod_request(relocated(plan, storage, run.run_id), options)
+        return submit(request, run, PYTORCH_JOB, job, render, options, to)
+
+
+def _pod_request(plan: LaunchPlan, options: KubeflowBackend) -> PodRequest:
+    from kfpytorch_ray.cluster.environment import launch_environment
+    from kfpytorch_ray.cluster.kube.pod_request import PodRequest
+    from kfpytorch_ray.cluster.runtime_env import working_dir_of
+
+    payload = dump_payload(plan.function, plan.args, plan.kwargs)
+    staged = replace(
+        plan,
+        function=functools.partial(load_payload, payload),
+        args=(),
+        kwargs={},
+        # What they are for is in the PyTorchJob, and they hold whatever the user has put there.
+        config=Elastic(),
+        arguments=TaskArguments(),
+    )
+    return PodRequest(
+        plan=staged,
+        environment=launch_environment(os.environ, plan, options),
+        sys_path=search_path(plan.function, working_dir_of(options)),
+    )
 
 
 def _warn_outside_job(plan: LaunchPlan) -> None:
@@ -166,17 +246,6 @@ def _warn_outside_job(plan: LaunchPlan) -> None:
             plan.min_nodes,
             plan.join_timeout_s,
         )
-
-
-def _limit_threads(plan: LaunchPlan) -> None:
-    """As torchrun: one OpenMP thread per worker where there are several and the user said nothing."""
-    if plan.nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
-        logger.warning(
-            "OMP_NUM_THREADS is set to 1 for each of the %d workers, so that they do not fight for the cores. "
-            "Set it in the task's environment to tune it.",
-            plan.nproc_per_node,
-        )
-        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _entrypoint(plan: LaunchPlan) -> tuple[Callable[..., bytes], tuple[Any, ...]]:
@@ -207,37 +276,3 @@ def _bring_home(result: ElasticWorkerResult) -> bytes:
     except ResultError:
         leave_marker(UNPICKLABLE_MARKER)
         raise
-
-
-def _worker_error(error: ChildFailedError) -> LaunchError:
-    _, first = error.get_first_failure()
-    message = error.format_msg()
-    if has_marker(first.error_file, RECOVERABLE_MARKER):
-        return RecoverableWorkerError(message, first.timestamp)
-    if has_marker(first.error_file, UNPICKLABLE_MARKER):
-        return ResultError(message, first.timestamp)
-    return WorkerFailedError(message, first.timestamp)
-
-
-def _interrupted(plan: LaunchPlan, error: Exception) -> str:
-    return explain(
-        f"{plan.name} was interrupted and its workers were stopped.",
-        str(error),
-        "Nothing in the task: the pod was evicted, deleted or pre-empted, or the run was cancelled. Run it again.",
-    )
-
-
-def _too_few_nodes(plan: LaunchPlan, error: Exception) -> str:
-    return explain(
-        f"{plan.name} did not find {plan.min_nodes} nodes within {plan.join_timeout_s:.0f} s.",
-        f"The rendezvous timed out: {error}",
-        "Check that all pods of the PyTorchJob were scheduled, or raise rdzv_configs['join_timeout'].",
-    )
-
-
-def _no_rendezvous(plan: LaunchPlan, config: LaunchConfig, error: Exception) -> str:
-    return explain(
-        f"{plan.name} could not meet its other nodes at {config.rdzv_endpoint}.",
-        f"{type(error).__name__}: {error}",
-        "Check that the pods of the PyTorchJob can reach each other and that the master is running.",
-    )

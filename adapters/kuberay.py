@@ -16,9 +16,17 @@ from flytekit.core.context_manager import FlyteContextManager
 from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.adapters import flyte_ray, kuberay_findings
-from kfpytorch_ray.adapters.kuberay_manifest import ray_job, worker_resources
+from kfpytorch_ray.adapters.kuberay_manifest import ray_job
 from kfpytorch_ray.adapters.raycluster import INSTALL, RayAdapter
-from kfpytorch_ray.adapters.stored_runs import manifest_of
+from kfpytorch_ray.adapters.stored_runs import (
+    EXAMPLE_IMAGE,
+    EXAMPLE_RUN,
+    EXAMPLE_STORAGE,
+    address_of,
+    located,
+    manifest_of,
+)
+from kfpytorch_ray.adapters.worker_pods import worker_resources
 from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfig, require_package
 from kfpytorch_ray.config import KubeRayBackend, RayBackend, RayRunOptions
 from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, explain
@@ -28,7 +36,7 @@ from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
 from kfpytorch_ray.runs import Manifest, run_folder, storage_of
-from kfpytorch_ray.storage import Digest
+from kfpytorch_ray.storage import Digest, Storage
 from kfpytorch_ray.task_arguments import TaskArguments
 
 if TYPE_CHECKING:
@@ -37,12 +45,6 @@ if TYPE_CHECKING:
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the entrypoint of a job, and nowhere else."""
-
-
-EXAMPLE_RUN = "kfr-example"
-EXAMPLE_STORAGE = "s3://bucket/prefix"
-EXAMPLE_IMAGE = "registry.example/image:tag"
-"""Where a RayJob is shown and not created."""
 
 NEEDS_IMAGE = (
     "without Flyte image='REGISTRY/NAME:TAG' is needed: what all pods run, with ray, torch and kfpytorch_ray in the "
@@ -155,9 +157,7 @@ class KubeRayAdapter:
         from kfpytorch_ray.cluster.kube.submission import namespace_of
         from kfpytorch_ray.cluster.remote.handle import RemoteRun
 
-        namespace, _, context = manifest.address.partition("@")
-        mine = self._options
-        options = replace(mine, namespace=mine.namespace or namespace, context=mine.context or context or None)
+        options = located(self._options, manifest.address)
         folder = run_folder(storage_of(manifest.storage), manifest.run_id)
         return RemoteRun(
             manifest,
@@ -170,20 +170,33 @@ class KubeRayAdapter:
         if os.environ.get(REMOTE_EXECUTION_VARIABLE):
             raise BackendUnavailableError(_no_cluster(plan.name))
         require_package("ray", "ray", INSTALL)
+        from kfpytorch_ray.cluster.kube.entrypoint import entrypoint
         from kfpytorch_ray.cluster.kube.existing import may_grow
-        from kfpytorch_ray.cluster.kube.submission import look, namespace_of, submit
+        from kfpytorch_ray.cluster.kube.kinds import RAY_JOB
+        from kfpytorch_ray.cluster.kube.kuberay_job import KubeRayJob
+        from kfpytorch_ray.cluster.kube.preflight import check_ray_job
+        from kfpytorch_ray.cluster.kube.submission import destination, namespace_of, submit
 
         options = self._options
         if options.image is None:
             raise ConfigError("KubeRayBackend", (NEEDS_IMAGE,))
         storage = storage_of(options.storage)
         namespace = namespace_of(options)
-        run = manifest_of(plan, options.name, options, storage.uri, f"{namespace.name}@{options.context or ''}")
+        run = manifest_of(plan, options.name, options, storage.uri, address_of(namespace.name, options))
         draft = _draft(plan.config, options, plan.arguments, run.run_id, "python")
-        destination = look(options, draft, namespace, storage)
+        to = destination(options, namespace, storage)
+        check_ray_job(options, draft, namespace)
         request = RayAdapter(self._outside_options(plan)).build(relocated(plan, storage, run.run_id))
         inside = replace(inside_options(options), working_dir="", autoscaling=may_grow(namespace, options.cluster))
-        return submit(request, inside, run, draft, options, destination)
+
+        def render(folder: str, sha256: str, packed: Digest | None) -> dict[str, Any]:
+            command = entrypoint(run.run_id, folder, sha256, packed)
+            return {**draft, "spec": {**draft["spec"], "entrypoint": command}}
+
+        def job(_folder: Storage) -> KubeRayJob:
+            return KubeRayJob(namespace, run.run_id, options.ready_timeout_s)
+
+        return submit((request, inside), run, RAY_JOB, job, render, options, to)
 
     def _outside_options(self, plan: LaunchPlan) -> RayBackend:
         """Options by which the request is built here for a driver that is there."""

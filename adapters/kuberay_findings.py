@@ -6,17 +6,17 @@ pluginmachinery/flytek8s); the reasons name the rule. Pure.
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from typing import Any
 
 from flytekit import PodTemplate, Resources
 
 from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, WORKER_CONTAINER
-from kfpytorch_ray.adapters.ray_findings import is_amount, job_findings, run_option_problems, stored_option_problems
+from kfpytorch_ray.adapters.kubernetes_findings import json_problems, kubernetes_option_problems, text_problems
+from kfpytorch_ray.adapters.ray_findings import job_findings, run_option_problems, stored_option_problems
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import one_of
-from kfpytorch_ray.config import KubeRayBackend, RayRunOptions, StoredRunOptions
+from kfpytorch_ray.config import CallOptions, KubeRayBackend, KubernetesOptions
 from kfpytorch_ray.planning import amount_of
 from kfpytorch_ray.pod_template import primary_container
 from kfpytorch_ray.task_arguments import TaskArguments
@@ -26,10 +26,10 @@ _OWNED_BY_US = frozenset({"num-cpus", "num-gpus", "resources"})
 SUBMISSION_MODES = ("K8sJobMode", "SidecarMode", "HTTPMode")
 """Of KubeRay, less the one in which a person submits the job."""
 
+_SHARED = {"gpu_resource", *(field.name for field in fields(CallOptions))}
 _WITHOUT_FLYTE = (
-    *sorted({field.name for field in fields(StoredRunOptions)} - {field.name for field in fields(RayRunOptions)}),
-    *("image", "requests", "limits", "namespace", "context", "kubeconfig", "cluster", "service_account", "labels"),
-    *("annotations", "ray_version", "submission_mode", "ready_timeout_s", "spec"),
+    *sorted({field.name for field in fields(KubernetesOptions)} - _SHARED),
+    *("cluster", "ray_version", "submission_mode"),
 )
 """Options that have no effect under Flyte, which creates the RayJob itself."""
 
@@ -148,40 +148,22 @@ def _option_problems(options: KubeRayBackend) -> list[str]:
         template = getattr(options, name)
         if template is not None:
             problems += [f"KubeRayBackend({name}): {text}" for text in _overlay_problems(template, container)]
-    if not str(options.gpu_resource).endswith("gpu"):
-        problems.append(
-            f"KubeRayBackend(gpu_resource={options.gpu_resource!r}): KubeRay expects a name that ends in 'gpu'"
-        )
     timeout = options.idle_timeout_s
     if timeout is not None and (not isinstance(timeout, int) or isinstance(timeout, bool) or timeout < 1):
         problems.append(
             f"KubeRayBackend(idle_timeout_s) must be a whole number of seconds greater than 0, not {timeout!r}"
         )
-    return problems + _json_problems("runtime_env", options.runtime_env)
+    return problems + json_problems(options, "runtime_env")
 
 
 def _direct_problems(options: KubeRayBackend) -> list[str]:
     """Of the options of a RayJob that this process creates."""
-    problems = []
-    for name in ("requests", "limits"):
-        asked = getattr(options, name)
-        if asked is not None and not isinstance(asked, Resources):
-            problems.append(f"KubeRayBackend({name}) must be Resources(...), not {asked!r}")
-    for name in ("image", "namespace", "context", "kubeconfig", "cluster", "service_account", "ray_version"):
-        text = getattr(options, name)
-        if text is not None and not (isinstance(text, str) and text):
-            problems.append(f"KubeRayBackend({name}) must be a string, not {text!r}")
-    for name in ("labels", "annotations"):
-        words = getattr(options, name)
-        if not (isinstance(words, dict) and all(isinstance(text, str) for pair in words.items() for text in pair)):
-            problems.append(f"KubeRayBackend({name}) must be a dict of strings, not {words!r}")
+    problems = kubernetes_option_problems(options) + text_problems(options, ("cluster", "ray_version"))
     if options.submission_mode not in SUBMISSION_MODES:
         problems.append(
             f"KubeRayBackend(submission_mode={options.submission_mode!r}): expected {one_of(SUBMISSION_MODES)}"
         )
-    if not (is_amount(options.ready_timeout_s) and options.ready_timeout_s):
-        problems.append("KubeRayBackend(ready_timeout_s) must be a number of seconds greater than 0")
-    return problems + _json_problems("spec", options.spec)
+    return problems
 
 
 def _start_param_problems(name: str, params: Any) -> list[str]:
@@ -191,14 +173,6 @@ def _start_param_problems(name: str, params: Any) -> list[str]:
         f"KubeRayBackend({name}): {key!r} follows from the pod's resources, on the head there are none for workers"
         for key in sorted(_OWNED_BY_US & params.keys())
     ]
-
-
-def _json_problems(name: str, value: Any) -> list[str]:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError) as error:
-        return [f"KubeRayBackend({name}) cannot be written as JSON: {error}"]
-    return []
 
 
 def _overlay_problems(template: PodTemplate, container: str) -> list[str]:

@@ -10,19 +10,15 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from flytekit import Resources
 from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, SUBMITTER, WORKER_CONTAINER, head_resources
-from kfpytorch_ray.adapters.kube_pods import Manifest, laid_over, pod
-from kfpytorch_ray.adapters.worker_pods import WorkerGroup, pod_resources, worker_groups
+from kfpytorch_ray.adapters.kube_pods import Manifest, laid_over, pod, resource_metadata
+from kfpytorch_ray.adapters.worker_pods import WorkerGroup, pod_resources, worker_groups, worker_resources
 from kfpytorch_ray.backends import JobConfig
 from kfpytorch_ray.cluster.kube.kinds import CLUSTER_LABEL, SUBMITTER_CONTAINER
 from kfpytorch_ray.config import KubeRayBackend
-from kfpytorch_ray.task_arguments import TaskArguments, nothing_asked
-
-RUN_LABEL = "kfpytorch-ray/run"
-"""On the RayJob and, by KubeRay, on its cluster."""
+from kfpytorch_ray.task_arguments import TaskArguments
 
 DEFAULT_DEADLINE_S = 30 * 24 * 3600
 """For jobs that have none: before 1.7 KubeRay waits for ever for a job whose head pod was lost."""
@@ -75,12 +71,10 @@ def ray_job(
         spec["shutdownAfterJobFinishes"] = True
         spec["ttlSecondsAfterFinished"] = DEFAULT_TTL_S if ttl is None else ttl
         spec["rayClusterSpec"] = _cluster(config, options, arguments)
-    labels = {"app.kubernetes.io/managed-by": "kfpytorch-ray", RUN_LABEL: name, **options.labels}
-    beside = {"annotations": dict(options.annotations)} if options.annotations else {}
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
-        "metadata": {"name": name, "namespace": options.namespace or "default", "labels": labels, **beside},
+        "metadata": resource_metadata(name, options),
         "spec": laid_over(spec, options.spec),
     }
 
@@ -103,13 +97,6 @@ def _cluster(config: JobConfig, options: KubeRayBackend, arguments: TaskArgument
     if grows and options.idle_timeout_s is not None:
         cluster["autoscalerOptions"] = {"idleTimeoutSeconds": options.idle_timeout_s}
     return cluster
-
-
-def worker_resources(options: KubeRayBackend, arguments: TaskArguments) -> ResourceSpec:
-    """Of one worker pod: the task's, else the backend's."""
-    if arguments.resources != nothing_asked():
-        return arguments.resources
-    return ResourceSpec(requests=options.requests or Resources(), limits=options.limits or Resources())
 
 
 def _head(options: KubeRayBackend, arguments: TaskArguments) -> Manifest:

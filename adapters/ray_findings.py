@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic, one_of
-from kfpytorch_ray.config import ON_INTERRUPT, RayBackend, RayRunOptions, RestartPolicy, StoredRunOptions
+from kfpytorch_ray.config import ON_INTERRUPT, CallOptions, RayBackend, RayRunOptions, RestartPolicy, StoredRunOptions
 from kfpytorch_ray.storage import problem_of_uri
 from kfpytorch_ray.task_arguments import TaskArguments
 
@@ -60,15 +60,22 @@ def _amount_problems(options: RayBackend) -> list[str]:
     ]
 
 
+def call_option_problems(options: CallOptions) -> list[str]:
+    """What is wrong with the options that every call in processes elsewhere has."""
+    backend = type(options).__name__
+    problems = _seconds_problems(options, "stop_grace_s")
+    environment = options.env
+    if not (
+        isinstance(environment, dict) and all(isinstance(text, str) for pair in environment.items() for text in pair)
+    ):
+        problems.append(f"{backend}(env) must be a dict of strings")
+    return problems + _tuple_problems(options, "carried_environment", "excludes")
+
+
 def run_option_problems(options: RayRunOptions) -> list[str]:
     """What is wrong with the options that both Ray backends have."""
     backend = type(options).__name__
-    problems = []
-    problems += [
-        f"{backend}({name}) must be a number of seconds that is not negative"
-        for name in ("stop_grace_s", "checkpoint_grace_s", "grow_cooldown_s")
-        if not is_amount(getattr(options, name))
-    ]
+    problems = call_option_problems(options) + _seconds_problems(options, "checkpoint_grace_s", "grow_cooldown_s")
     problems += [
         f"{backend}({name}) must be a number of seconds greater than 0"
         for name, value in (
@@ -80,16 +87,7 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
     failures = options.max_node_failures
     if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
         problems.append(f"{backend}(max_node_failures) must be a whole number that is not negative")
-    environment = options.env
-    if not (
-        isinstance(environment, dict) and all(isinstance(text, str) for pair in environment.items() for text in pair)
-    ):
-        problems.append(f"{backend}(env) must be a dict of strings")
-    for name in ("carried_environment", "excludes", "preload"):
-        value = getattr(options, name)
-        # A string is a sequence of strings, too: "HF_*" would carry everything by its last letter.
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-            problems.append(f"{backend}({name}) must be a tuple of strings, not {value!r}")
+    problems += _tuple_problems(options, "preload")
     runtime_env = options.runtime_env
     if runtime_env is not None and not isinstance(runtime_env, dict):
         problems.append(f"{backend}(runtime_env) must be a dict, not {runtime_env!r}")
@@ -100,6 +98,23 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
             if name in runtime_env
         ]
     return problems
+
+
+def _seconds_problems(options: CallOptions, *names: str) -> list[str]:
+    return [
+        f"{type(options).__name__}({name}) must be a number of seconds that is not negative"
+        for name in names
+        if not is_amount(getattr(options, name))
+    ]
+
+
+def _tuple_problems(options: CallOptions, *names: str) -> list[str]:
+    # A string is a sequence of strings, too: "HF_*" would carry everything by its last letter.
+    return [
+        f"{type(options).__name__}({name}) must be a tuple of strings, not {value!r}"
+        for name in names
+        if isinstance(value := getattr(options, name), str) or not all(isinstance(item, str) for item in value)
+    ]
 
 
 def _remote_problems(options: RayBackend) -> list[str]:
@@ -131,11 +146,7 @@ def stored_option_problems(options: StoredRunOptions) -> list[str]:
         problems.append(f"{backend}(storage) {problem}")
     if options.on_interrupt not in ON_INTERRUPT:
         problems.append(f"{backend}(on_interrupt={options.on_interrupt!r}): expected {one_of(ON_INTERRUPT)}")
-    problems += [
-        f"{backend}({name}) must be a number of seconds that is not negative"
-        for name in ("retention_s", "reconnect_timeout_s")
-        if not is_amount(getattr(options, name))
-    ]
+    problems += _seconds_problems(options, "retention_s", "reconnect_timeout_s")
     if options.lease_s is not None and not (is_amount(options.lease_s) and options.lease_s):
         problems.append(f"{backend}(lease_s) must be a number of seconds greater than 0")
     size = options.max_working_dir_bytes

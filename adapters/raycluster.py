@@ -10,19 +10,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.adapters import ray_findings
 from kfpytorch_ray.adapters.job_message import job_message
+from kfpytorch_ray.adapters.search_path import search_path
 from kfpytorch_ray.adapters.stored_runs import manifest_of
 from kfpytorch_ray.backends import Findings, JobConfig, require_package
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.doctor.finding import Finding
 from kfpytorch_ray.errors import ConfigError
-from kfpytorch_ray.payload import dump_payload, import_root
+from kfpytorch_ray.payload import dump_payload
 from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.relocation import relocated
 from kfpytorch_ray.results import ElasticResult
@@ -98,7 +97,7 @@ class RayAdapter:
                 nproc_per_node=plan.nproc_per_node,
                 contract=plan.contract,
                 environment=launch_environment(os.environ, plan, options),
-                sys_path=_search_path(plan.function, working_dir_of(options)),
+                sys_path=search_path(plan.function, working_dir_of(options)),
                 working_directory="",
                 preload=tuple(options.preload),
                 flyte=plan.flyte,
@@ -235,15 +234,3 @@ class RayAdapter:
         if address is None and not has_joined():
             address = os.environ.get("RAY_ADDRESS")
         return address if address and address.startswith(("http://", "https://")) else None
-
-
-def _search_path(function: Callable[..., Any], working_dir: str) -> tuple[str, ...]:
-    """Where modules are found here, and for other machines where that is in the working directory that is sent."""
-    root = import_root(function)
-    here = list(dict.fromkeys(os.path.abspath(path) for path in (*sys.path, *([root] if root else []))))
-    if not working_dir:
-        return tuple(here)
-    # An environment within the project is of this machine.
-    mine = [path for path in here if not Path(path).is_relative_to(sys.prefix)]
-    sent = Path(working_dir).absolute()
-    return (*here, *(os.path.relpath(path, sent) for path in mine if Path(path).is_relative_to(sent)))

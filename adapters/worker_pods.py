@@ -15,6 +15,8 @@ from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.backends import JobConfig
 from kfpytorch_ray.checks import is_elastic, parse_nnodes
+from kfpytorch_ray.config import KubernetesOptions
+from kfpytorch_ray.task_arguments import TaskArguments, nothing_asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,17 @@ def worker_groups(config: JobConfig, resources: ResourceSpec, gpu_resource: str)
     return _replica_groups(config, resources, gpu_resource)
 
 
+def worker_resources(options: KubernetesOptions, arguments: TaskArguments) -> ResourceSpec:
+    """Of one node's pod: the task's, else the backend's."""
+    if arguments.resources != nothing_asked():
+        return arguments.resources
+    return ResourceSpec(requests=options.requests or Resources(), limits=options.limits or Resources())
+
+
 def _replica_groups(config: Any, resources: ResourceSpec, gpu_resource: str) -> tuple[WorkerGroup, ...]:
     replicas = config.num_workers or config.worker.replicas or 0
     master, worker = (
-        pod_resources(_own_resources(replica) or resources, gpu_resource, cpus=1)
+        pod_resources(own_resources(replica) or resources, gpu_resource, cpus=1)
         for replica in (config.master, config.worker)
     )
     if master == worker or not replicas:
@@ -74,7 +83,8 @@ def pod_resources(spec: ResourceSpec, gpu_resource: str, *, cpus: int | None = N
     return {"requests": {**limits, **requests}, "limits": {**requests, **limits}}
 
 
-def _own_resources(replica: Any) -> ResourceSpec | None:
+def own_resources(replica: Any) -> ResourceSpec | None:
+    """Of a replica of a ``PyTorch`` job; None where it has the task's."""
     if replica.requests is None and replica.limits is None:
         return None
     return ResourceSpec(requests=replica.requests or Resources(), limits=replica.limits or Resources())

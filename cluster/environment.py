@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.config import CallOptions
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_VARIABLE
 from kfpytorch_ray.plan import LaunchPlan
 
@@ -57,7 +57,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def launch_environment(driver: Mapping[str, str], plan: LaunchPlan, options: RayBackend) -> dict[str, str]:
+def launch_environment(driver: Mapping[str, str], plan: LaunchPlan, options: CallOptions) -> dict[str, str]:
     """What a launch lays over each node's environment; later sources win.
 
     The driver's carried variables, the names of the Flyte execution, the task's ``environment``, the backend's

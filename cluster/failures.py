@@ -57,6 +57,18 @@ def launch_error(
         # A rank was said to have failed or hung, and had ended well before it could be looked at.
         message = explain(f"{name} failed in round {rounds[-1].index}.", rounds[-1].ending.value, used)
         return WorkerFailedError(message, time.time(), rounds)
+    return worker_error(name, rounds, reason, used)
+
+
+def worker_error(name: str, rounds: tuple[RoundRecord, ...], reason: Reason, used: str) -> LaunchError:
+    """The error of a launch of which a rank has failed in the last round.
+
+    Args:
+        name: Of the launch.
+        rounds: All its rounds.
+        reason: Why there is no other.
+        used: A sentence on the budgets.
+    """
     cause = root_cause(rounds[-1])
     error = _error_class(cause)(_message(name, rounds, cause, reason, used), cause.timestamp, rounds)
     error.__cause__ = rebuilt_exception(cause)
@@ -163,7 +175,7 @@ def _fix(cause: RankRecord, used: str) -> str:
     match cause.outcome:
         case Outcome.RAISED if cause.stage is Stage.LOAD:
             return (
-                "The node lacks a module or a file of yours: send the folder with RayBackend(working_dir=...), under "
+                "The node lacks a module or a file of yours: send the folder with the backend's working_dir=..., under "
                 "a ray.init() of your own with its runtime_env, or put it into the image. It was not tried again, "
                 "because it would fail the same way."
             )

@@ -8,10 +8,9 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
-from kfpytorch_ray.cluster.pickling import load_parts
+from kfpytorch_ray.cluster.pickling import rebuilt_result
 from kfpytorch_ray.cluster.protocol import SupervisorLostError
-from kfpytorch_ray.cluster.spool import Spooled, parts_of
-from kfpytorch_ray.errors import NodeLostError, ResultError, explain
+from kfpytorch_ray.errors import NodeLostError, explain
 from kfpytorch_ray.results import ElasticWorkerResult
 
 
@@ -41,25 +40,6 @@ class Fetcher:
         except (ObjectLostError, RayActorError, SupervisorLostError) as error:
             raise _lost(rank, str(error)) from error
         return ElasticWorkerResult(None, [], None) if spooled is None else rebuilt_result(spooled, rank)
-
-
-def rebuilt_result(spooled: Spooled, rank: int) -> ElasticWorkerResult:
-    """A rank's result from its spooled form.
-
-    Raises:
-        ResultError: It cannot be unpickled in this process.
-    """
-    try:
-        result: ElasticWorkerResult = load_parts(parts_of(spooled))
-    except Exception as error:
-        raise ResultError(
-            explain(
-                f"The result of rank {rank} cannot be rebuilt here.",
-                f"{type(error).__name__}: {error}",
-                "Return values whose classes can be imported in the driver as well, such as a state dict.",
-            )
-        ) from error
-    return result
 
 
 def _lost(rank: int, why: str) -> NodeLostError:

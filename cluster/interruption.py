@@ -24,7 +24,8 @@ def interruptible() -> Iterator[None]:
     """Have SIGINT raise KeyboardInterrupt and SIGTERM SystemExit(143), whatever handlers others have set.
 
     flytekit ends the process at SIGINT, and Ray, once it is joined, aborts it at SIGTERM: nobody would stop the
-    workers. Only the main thread can have handlers; elsewhere nothing changes.
+    workers. A second SIGTERM does nothing within the block: it would break off what ends the workers in order. Only
+    the main thread can have handlers; elsewhere nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -59,5 +60,11 @@ def wants_to_stop(on_interrupt: str, run_id: str) -> bool:
     return not answer.strip().lower().startswith("d")
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
+    # Ray asks a job's every process, and pyflyte-fast-execute passes on to its child what it is asked itself.
+    signal.signal(number, _asked_again)
     sys.exit(TERMINATED)
+
+
+def _asked_again(_number: int, _frame: FrameType | None) -> None:
+    """Not SIG_IGN, which processes that are started now would inherit."""

@@ -6,6 +6,7 @@ on the CPU; tensors that share storage still share it. What is rebuilt has memor
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from io import BytesIO
@@ -13,6 +14,11 @@ from typing import Any
 
 import cloudpickle
 import torch
+
+from kfpytorch_ray.cluster.spool import Spooled, parts_of
+from kfpytorch_ray.errors import ResultError, explain
+from kfpytorch_ray.payload import blame_result
+from kfpytorch_ray.results import ElasticWorkerResult
 
 _UNTYPED_DTYPES = torch.storage._new_dtypes()
 """float8 and unsigned integers: torch pickles them with a bare storage, which its own unpickling does not take."""
@@ -31,10 +37,41 @@ def dump_parts(value: object) -> list[memoryview]:
     return [stream.getbuffer(), *(buffer.raw() for buffer in buffers)]
 
 
+def dump_result_parts(result: ElasticWorkerResult) -> list[memoryview]:
+    """The parts of what a rank brings home.
+
+    Raises:
+        ResultError: It cannot be pickled; says what of it.
+    """
+    try:
+        return dump_parts(result)
+    except Exception as error:  # noqa: BLE001 - objects of the user's may fail to pickle in any way
+        raise ResultError(blame_result(result, int(os.environ["RANK"]), error)) from None
+
+
 def load_parts(parts: Sequence[memoryview]) -> Any:
     """Rebuild a value from its parts: those that may be written to become its memory, others are copied."""
     payload, *buffers = parts
     return pickle.loads(payload, buffers=[bytearray(buffer) if buffer.readonly else buffer for buffer in buffers])
+
+
+def rebuilt_result(spooled: Spooled, rank: int) -> ElasticWorkerResult:
+    """A rank's result from its spooled form.
+
+    Raises:
+        ResultError: It cannot be unpickled in this process.
+    """
+    try:
+        result: ElasticWorkerResult = load_parts(parts_of(spooled))
+    except Exception as error:
+        raise ResultError(
+            explain(
+                f"The result of rank {rank} cannot be rebuilt here.",
+                f"{type(error).__name__}: {error}",
+                "Return values whose classes can be imported in the driver as well, such as a state dict.",
+            )
+        ) from error
+    return result
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # its base differs by Python implementation

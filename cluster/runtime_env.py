@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 from typing import Any
 
 from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE
-from kfpytorch_ray.config import RayBackend, RayRunOptions
+from kfpytorch_ray.config import CallOptions, RayBackend, RayRunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,9 @@ def runtime_env_of(options: RayBackend) -> dict[str, Any]:
     return {**environment, "working_dir": folder, "excludes": list(options.excludes)} if folder else environment
 
 
-def working_dir_of(options: RayRunOptions) -> str:
+def working_dir_of(options: CallOptions) -> str:
     """The folder that is sent so that nodes find the user's modules; empty if none is."""
-    # The job brings them already (ray job submit --working-dir).
-    if "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""):
+    if _job_brings_working_dir():
         return ""
     folder = os.getcwd() if options.working_dir is None else options.working_dir
     # A home or root folder is nobody's project; in Flyte's images the home folder is.
@@ -48,3 +48,12 @@ def driver_environment(options: RayRunOptions) -> dict[str, str]:
     # Ray would pass on similar lines of several ranks once only. It reads this when it is imported.
     environment.setdefault("RAY_DEDUP_LOGS", "0")
     return environment
+
+
+def _job_brings_working_dir() -> bool:
+    """Whether this process is a Ray job that was submitted with a working directory (``ray job submit --working-dir``).
+
+    It is looked for where Ray writes it: variables of a job may name one as well.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return bool((job.get("runtime_env") or {}).get("working_dir"))

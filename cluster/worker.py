@@ -7,34 +7,27 @@ nothing of its parent's state but imported modules. It leads a process group of 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
 import os
-import pickle
 import sys
 import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
-from flytekit.exceptions.user import FlyteRecoverableException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from kfpytorch_ray import flyte_worker
 from kfpytorch_ray.cluster.forkserver import die_with_server, leave_fork_server
-from kfpytorch_ray.cluster.pickling import dump_parts
-from kfpytorch_ray.cluster.protocol import WorkerFailure, WorkerSpec
+from kfpytorch_ray.cluster.pickling import dump_result_parts
+from kfpytorch_ray.cluster.protocol import WorkerSpec
 from kfpytorch_ray.cluster.spool import spool
 from kfpytorch_ray.cluster.stacks import answer_with_stacks
-from kfpytorch_ray.errors import ResultError
+from kfpytorch_ray.cluster.worker_failure import failures_written, format_traceback
 from kfpytorch_ray.flyte_files import upload_files
-from kfpytorch_ray.payload import blame_result, load_payload
-from kfpytorch_ray.results import ElasticWorkerResult, Stage
-
-_OWN_FILES = frozenset({__file__, contextlib.__file__, flyte_worker.__file__, record.__code__.co_filename})
+from kfpytorch_ray.payload import load_payload
+from kfpytorch_ray.results import Stage
 
 
 def main(spec: WorkerSpec) -> None:
@@ -56,7 +49,7 @@ def main(spec: WorkerSpec) -> None:
     try:
         record(_run)(spec)
     except Exception as error:  # noqa: BLE001 - the process ends here; the error is written down
-        sys.stderr.write(_format_traceback(error))
+        sys.stderr.write(format_traceback(error))
         sys.exit(1)
     finally:
         # A spawned process runs them; a fork server's child leaves by os._exit.
@@ -64,74 +57,22 @@ def main(spec: WorkerSpec) -> None:
 
 
 def _run(spec: WorkerSpec) -> None:
-    with _failures_written(spec, Stage.CALL):
+    with failures_written(Path(spec.failure), Stage.CALL):
         finish = upload_files if spec.upload_files else None
         result = flyte_worker.run_in_flyte_context(partial(_load_and_call, spec), spec.flyte, finish)
 
-    with _failures_written(spec, Stage.RESULT):
-        spool(_parts(result), spec.result_directories, spec.result)
-
-
-def _parts(result: ElasticWorkerResult) -> list[memoryview]:
-    try:
-        return dump_parts(result)
-    except Exception as error:  # noqa: BLE001 - objects of the user's may fail to pickle in any way
-        raise ResultError(blame_result(result, int(os.environ["RANK"]), error)) from None
+    with failures_written(Path(spec.failure), Stage.RESULT):
+        spool(dump_result_parts(result), spec.result_directories, spec.result)
 
 
 def _load_and_call(spec: WorkerSpec) -> Any:
-    with _failures_written(spec, Stage.LOAD):
+    with failures_written(Path(spec.failure), Stage.LOAD):
         data = Path(spec.payload).read_bytes()
         if hashlib.sha256(data).hexdigest() != spec.payload_sha256:
             msg = "the payload differs from the one that the driver sent; it was not unpickled"
             raise ValueError(msg)
         call = load_payload(data)
     return call()
-
-
-@contextlib.contextmanager
-def _failures_written(spec: WorkerSpec, stage: Stage) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        path = Path(spec.failure)
-        # An inner stage has said it already.
-        if not path.exists():
-            sys.stderr.flush()
-            failure = WorkerFailure(
-                stage=stage,
-                message=f"{type(error).__name__}: {error}",
-                traceback=_format_traceback(error),
-                timestamp=time.time(),
-                recoverable=isinstance(error, FlyteRecoverableException),
-                stderr_size_bytes=os.fstat(sys.stderr.fileno()).st_size,
-                exception=_pickled(error),
-            )
-            # Renamed into place, so that a worker killed while it writes leaves no half of a file.
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(pickle.dumps(failure))
-            partial.rename(path)
-        raise
-
-
-def _format_traceback(error: Exception) -> str:
-    """The traceback as Python prints it, from the user's function on."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename in _OWN_FILES:
-        frames = frames.tb_next
-    if frames is None:
-        # One of this module's own checks: its message says all.
-        return "".join(traceback.format_exception_only(error))
-    return "".join(traceback.format_exception(type(error), error, frames))
-
-
-def _pickled(error: Exception) -> bytes | None:
-    try:
-        pickled: bytes = cloudpickle.dumps(error)
-        pickle.loads(pickled)
-    except Exception:  # noqa: BLE001 - any class of the user's may fail in any way; its text is kept
-        return None
-    return pickled
 
 
 def search_path(own: Sequence[str], given: Sequence[str]) -> list[str]:

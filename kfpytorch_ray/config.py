@@ -149,16 +149,9 @@ class BackendOptions(Protocol):
     name: ClassVar[str]
 
 
-@dataclass
-class KubeflowBackend:
-    """Run as upstream does: PyTorchJob pods on Flyte, torch elastic in this process when run locally."""
-
-    name: ClassVar[str] = "kubeflow"
-
-
 @dataclass(kw_only=True)
-class RayRunOptions:
-    """What concerns a run on Ray, whoever made the Ray: shared by ``RayBackend`` and ``KubeRayBackend``.
+class CallOptions:
+    """What concerns a call that is made in processes elsewhere.
 
     Args:
         env: Environment variables of the workers; they win over the task's ``environment`` and the driver's.
@@ -166,9 +159,23 @@ class RayRunOptions:
         working_dir: Folder that is sent to the cluster so that workers can import the user's modules. ``""``: send
             nothing. None: as the backend says.
         excludes: gitignore patterns that are left out of ``working_dir``.
+        stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
+    """
+
+    env: dict[str, str] = field(default_factory=dict)
+    carried_environment: tuple[str, ...] = DEFAULT_CARRIED_ENVIRONMENT
+    working_dir: str | None = None
+    excludes: tuple[str, ...] = DEFAULT_WORKING_DIR_EXCLUDES
+    stop_grace_s: float = 5.0
+
+
+@dataclass(kw_only=True)
+class RayRunOptions(CallOptions):
+    """What concerns a run on Ray, whoever made the Ray: shared by ``RayBackend`` and ``KubeRayBackend``.
+
+    Args:
         runtime_env: Ray's runtime environment of the job: ``pip``, ``py_modules``, ``env_vars`` and the rest, in Ray's
             words, but for ``working_dir`` and ``excludes``. Ray's dashboard shows it: secrets belong into ``env``.
-        stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
         preload: Modules that the fork server imports before the first worker, besides torch and flytekit.
         max_node_failures: Lost agents and nodes after which the task fails, counted apart from ``max_restarts``.
             Nodes that Ray drains (pre-emption) do not count.
@@ -179,13 +186,9 @@ class RayRunOptions:
         grow_cooldown_s: Shortest time that a round runs before it is ended because more nodes have arrived.
         hang_timeout_s: Seconds without ``kfpytorch_ray.progress()`` or a checkpoint by any rank after which the round
             fails, with the stacks of all ranks. None: no limit.
+        **options: As in ``CallOptions``.
     """
 
-    env: dict[str, str] = field(default_factory=dict)
-    carried_environment: tuple[str, ...] = DEFAULT_CARRIED_ENVIRONMENT
-    working_dir: str | None = None
-    excludes: tuple[str, ...] = DEFAULT_WORKING_DIR_EXCLUDES
-    stop_grace_s: float = 5.0
     preload: tuple[str, ...] = ()
     max_node_failures: int = 3
     silence_timeout_s: float = 15.0
@@ -196,7 +199,7 @@ class RayRunOptions:
 
 
 @dataclass(kw_only=True)
-class StoredRunOptions(RayRunOptions):
+class StoredRunOptions(CallOptions):
     """What concerns a run whose cluster is elsewhere: its call goes there, and its results come back, by a storage.
 
     Args:
@@ -210,7 +213,7 @@ class StoredRunOptions(RayRunOptions):
             without this process, until somebody attaches to it again.
         retention_s: Seconds after which ``kfpytorch-ray gc`` may remove what the run has left in ``storage``.
         reconnect_timeout_s: Seconds for which a lost connection to the cluster is tried again before it is an error.
-        **options: As in ``RayRunOptions``.
+        **options: As in ``CallOptions``.
     """
 
     storage: str | None = None
@@ -221,8 +224,66 @@ class StoredRunOptions(RayRunOptions):
     reconnect_timeout_s: float = 600.0
 
 
+@dataclass(kw_only=True)
+class KubernetesOptions(StoredRunOptions):
+    """What concerns pods that this process has an operator make, without Flyte: in a script, a notebook, a local run.
+
+    Args:
+        image: Image of all pods, with the packages of this machine in the same versions.
+        namespace: Where the custom resource is created. None: the context's, else ``"default"``.
+        context: Of the kubeconfig. None: its current one.
+        kubeconfig: Path of the kubeconfig. None: ``KUBECONFIG``, else ``~/.kube/config``, else the service account of
+            the pod that this process is in.
+        service_account: Of all pods. None: the namespace's default.
+        requests: Resources of one node's pod where there is no task that says so, as in ``launch()``.
+        limits: Its limits likewise.
+        gpu_resource: What the cluster calls a GPU.
+        labels: Of the custom resource: queues of Kueue, Volcano, YuniKorn.
+        annotations: Likewise.
+        ready_timeout_s: Seconds within which the run has to begin; pods wait for nodes and pull images.
+        spec: What else the custom resource's ``spec`` holds, in the operator's own words; laid over ours, dict by dict.
+        **options: As in ``StoredRunOptions``.
+    """
+
+    image: str | None = None
+    namespace: str | None = None
+    context: str | None = None
+    kubeconfig: str | None = None
+    service_account: str | None = None
+    requests: Resources | None = None
+    limits: Resources | None = None
+    gpu_resource: str = "nvidia.com/gpu"
+    labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+    ready_timeout_s: float = 1800.0
+    spec: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class KubeflowBackend(KubernetesOptions):
+    """Run as upstream does: PyTorchJob pods on Flyte, torch elastic in this process when run elsewhere.
+
+    With an ``image`` (or a ``namespace``, a ``context``) a run outside Flyte is a PyTorchJob, too: this process
+    creates it, follows it, and takes the result from ``storage``; the call travels there as well. If this process
+    ends, the run goes on, or stops after ``lease_s``.
+
+    The task's requests and limits are those of one pod. ``working_dir=None`` sends the current directory. Under Flyte
+    no option has an effect: it creates the PyTorchJob itself, as upstream registers it.
+
+    Args:
+        **options: As in ``KubernetesOptions``.
+    """
+
+    name: ClassVar[str] = "kubeflow"
+
+    @property
+    def creates_job(self) -> bool:
+        """Whether a run outside Flyte is a PyTorchJob."""
+        return any(value is not None for value in (self.image, self.namespace, self.context))
+
+
 @dataclass
-class RayBackend(StoredRunOptions):
+class RayBackend(StoredRunOptions, RayRunOptions):
     """Run on a Ray that can be reached: one elastic agent actor per node.
 
     ``working_dir=None`` sends the current directory, unless the Ray job already has one. Only a launch that joins the
@@ -255,7 +316,7 @@ class RayBackend(StoredRunOptions):
 
 
 @dataclass(kw_only=True)
-class KubeRayBackend(StoredRunOptions):
+class KubeRayBackend(KubernetesOptions, RayRunOptions):
     """Run on a Ray cluster that KubeRay makes for the task.
 
     Under Flyte (1.14 or later) its ``ray`` plugin asks KubeRay for it. Elsewhere, in a script, a notebook, a local
@@ -276,27 +337,15 @@ class KubeRayBackend(StoredRunOptions):
         head_start_params: Parameters of ``ray start`` on the head, without dashes.
         worker_start_params: Parameters of ``ray start`` on worker pods.
         idle_timeout_s: Seconds after which Ray's autoscaler gives an idle node of a range back. None: its default.
-        gpu_resource: What the cluster calls a GPU.
-        image: Image of all pods, with the packages of this machine in the same versions. Flyte takes the task's own;
-            elsewhere it is needed. This and all that follow, ``StoredRunOptions`` too, have no effect under Flyte.
-        requests: Resources of a worker pod where there is no task that says so, as in ``launch()``.
-        limits: Its limits likewise.
-        namespace: Where the RayJob is created. None: the context's, else ``"default"``.
-        context: Of the kubeconfig. None: its current one.
-        kubeconfig: Path of the kubeconfig. None: ``KUBECONFIG``, else ``~/.kube/config``, else the service account of
-            the pod that this process is in.
         cluster: Name of a RayCluster in ``namespace`` that is there already and is used instead of a new one.
-        service_account: Of all pods. None: the namespace's default.
-        labels: Of the RayJob, which KubeRay copies to its cluster: queues of Kueue, Volcano, YuniKorn.
-        annotations: Likewise.
         ray_version: Of the image. None: of the ray that is installed here.
         submission_mode: Who submits the driver: ``"K8sJobMode"`` a pod of its own, ``"SidecarMode"`` a container of the
             head pod (KubeRay 1.5), ``"HTTPMode"`` the operator.
-        ready_timeout_s: Seconds within which the driver has to start; pods wait for nodes and pull images.
-        spec: What else the RayJob's ``spec`` holds, in KubeRay's own words; laid over ours, dict by dict. For
+        **options: As in ``RayRunOptions``, and in ``KubernetesOptions``: without Flyte ``image`` is needed, ``labels``
+            and ``annotations`` are copied to the cluster by KubeRay, and ``spec`` is the RayJob's, for
             ``deletionStrategy``, ``rayClusterSpec: {autoscalerOptions, authOptions, gcsFaultToleranceOptions}`` and
-            whatever comes.
-        **options: As in ``StoredRunOptions`` and ``RayRunOptions``.
+            whatever comes. Under Flyte, which takes the task's own image and creates the RayJob itself, these and
+            ``cluster``, ``ray_version`` and ``submission_mode`` have no effect.
     """
 
     name: ClassVar[str] = "kuberay"
@@ -308,21 +357,9 @@ class KubeRayBackend(StoredRunOptions):
     head_start_params: dict[str, str] = field(default_factory=dict)
     worker_start_params: dict[str, str] = field(default_factory=dict)
     idle_timeout_s: int | None = None
-    gpu_resource: str = "nvidia.com/gpu"
-    image: str | None = None
-    requests: Resources | None = None
-    limits: Resources | None = None
-    namespace: str | None = None
-    context: str | None = None
-    kubeconfig: str | None = None
     cluster: str | None = None
-    service_account: str | None = None
-    labels: dict[str, str] = field(default_factory=dict)
-    annotations: dict[str, str] = field(default_factory=dict)
     ray_version: str | None = None
     submission_mode: str = "K8sJobMode"
-    ready_timeout_s: float = 1800.0
-    spec: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

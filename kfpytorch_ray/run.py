@@ -79,7 +79,8 @@ class Run(Protocol):
         """Wait for its end and take what it has left.
 
         What is large is removed from the storage when the result that this returns is no longer used, at the latest
-        when this process ends.
+        when this process ends; but only if a rank's value was fetched from it, and none that was asked for failed to
+        arrive. Until then everything stays, and the result can be taken again, by ``attach`` as well.
 
         Args:
             timeout: Seconds to wait. None: for as long as it takes.
@@ -91,6 +92,16 @@ class Run(Protocol):
             ResultCollectedError: The result has been taken before.
             LaunchError: It failed; what ``launch()`` would have raised.
             ClusterUnreachableError: The cluster does not answer, and the storage has no outcome.
+        """
+        ...
+
+    def collect(self) -> None:
+        """Count its result as taken: remove from the storage what is large, for good. Changes nothing where it was.
+
+        Raises:
+            RunPendingError: It has not ended.
+            ClusterUnreachableError: It has not ended, as far as the storage tells, and the cluster does not answer.
+            StorageError: It cannot be removed.
         """
         ...
 

@@ -6,6 +6,7 @@
         lease             changes as long as whoever launched it lives, where it has a lease
         driver            where its driver has begun, on KubeRay
         driver.log        what its driver has printed; written at its end
+        pods/NAME/...     how a pod of a PyTorchJob ended and what it has printed; together they make the outcome
         results/rank-N    the value of each rank
         outcome.pkl       what became of every rank, and the error
         outcome.json      how it ended; written last
@@ -42,6 +43,7 @@ REQUEST = "request.pkl"
 LEASE = "lease"
 DRIVER = "driver"
 DRIVER_LOG = "driver.log"
+PODS = "pods"
 RESULTS = "results"
 OUTCOME_RECORD = "outcome.pkl"
 OUTCOME = "outcome.json"
@@ -51,10 +53,10 @@ _RUNS = "runs"
 _RUN_ID = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 
 
-J = TypeVar("J", bound="_Json")
+J = TypeVar("J", bound="Json")
 
 
-class _Json:
+class Json:
     """Plain data as JSON; fields that another version has written and this one does not know are passed over."""
 
     __slots__ = ()
@@ -79,7 +81,7 @@ class _Json:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest(_Json):
+class Manifest(Json):
     """What a run is.
 
     Attributes:
@@ -110,7 +112,7 @@ class Manifest(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(_Json):
+class Outcome(Json):
     """How a run ended, as far as it can be told without unpickling.
 
     Attributes:

@@ -128,8 +128,13 @@ class Namespace:
             raise self._unreachable(error) from error
         return found
 
-    def delete(self, kind: Kind, name: str) -> None:
+    def delete(self, kind: Kind, name: str, *, foreground: bool = False) -> None:
         """Delete a resource and what belongs to it; may be gone already.
+
+        Args:
+            kind: Of it.
+            name: Of it.
+            foreground: Whether it stays until what belongs to it is gone.
 
         Raises:
             ClusterError: The cluster refuses, or cannot be reached.
@@ -143,7 +148,7 @@ class Namespace:
                     self.name,
                     kind.plural,
                     name,
-                    propagation_policy="Background",
+                    propagation_policy="Foreground" if foreground else "Background",
                     _request_timeout=TIMEOUT_S,
                 ),
             )

@@ -53,7 +53,7 @@ class FlytePlatform:
 
 @dataclass(frozen=True, slots=True)
 class FlyteExecution:
-    """One attempt of a task.
+    """One attempt of a task, or of one element of a map.
 
     Attributes:
         name: Of the resource that Flyte creates; made of execution, node and attempt, and cut to the plugin's limit.
@@ -64,6 +64,8 @@ class FlyteExecution:
         workflow: Name of the workflow.
         prefix: Where Flyte keeps the node's inputs and outputs.
         service_account: Of the pods.
+        attempt: How often it was tried before.
+        index: Of the element, where the task is a map: each is run as if it were a task of its own.
         platform: Configuration.
     """
 
@@ -75,18 +77,26 @@ class FlyteExecution:
     workflow: str = "workflow"
     prefix: str = "s3://bucket/metadata/execution/n0/data"
     service_account: str = "default"
+    attempt: int = 0
+    index: int | None = None
     platform: FlytePlatform = field(default_factory=FlytePlatform)
+
+    @property
+    def output_prefix(self) -> str:
+        """Where the attempt leaves its outputs, or its error (for a map: nodes/array/handler.go)."""
+        return self._output_prefix_of(self.attempt)
 
     def fill_in(self, argument: str) -> str:
         """An argument with its template variables replaced, as core/template/template.go does."""
+        before = self._output_prefix_of(self.attempt - 1)
         values = {
             "input": f"{self.prefix}/inputs.pb",
             "inputPrefix": self.prefix,
-            "outputPrefix": f"{self.prefix}/0",
-            "rawOutputDataPrefix": f"{self.prefix}/0/raw",
-            "checkpointOutputPrefix": f"{self.prefix}/0/_flytecheckpoints",
+            "outputPrefix": self.output_prefix,
+            "rawOutputDataPrefix": f"{self.output_prefix}/raw",
+            "checkpointOutputPrefix": f"{self.output_prefix}/_flytecheckpoints",
             # Of a first attempt: two quotes, which flytekit takes for empty.
-            "prevCheckpointPrefix": '""',
+            "prevCheckpointPrefix": f"{before}/_flytecheckpoints" if self.attempt else '""',
         }
         for variable, value in values.items():
             argument = re.sub(rf"(?i)\{{\{{\s*\.{variable}\s*\}}\}}", value, argument)
@@ -103,10 +113,18 @@ class FlyteExecution:
             "FLYTE_INTERNAL_EXECUTION_ID": self.execution,
             "FLYTE_INTERNAL_EXECUTION_PROJECT": self.project,
             "FLYTE_INTERNAL_EXECUTION_DOMAIN": self.domain,
-            "FLYTE_ATTEMPT_NUMBER": "0",
+            "FLYTE_ATTEMPT_NUMBER": str(self.attempt),
         }
         for field_name in ("project", "domain", "name", "version"):
             variables[f"FLYTE_INTERNAL_TASK_{field_name.upper()}"] = task.get(field_name, "")
         for field_name in ("project", "domain", "name", "version"):
             variables[f"FLYTE_INTERNAL_{field_name.upper()}"] = task.get(field_name, "")
+        if self.index is not None:
+            # nodes/array/execution_context.go: a name of the variable, and the variable.
+            variables["BATCH_JOB_ARRAY_INDEX_VAR_NAME"] = "FLYTE_K8S_ARRAY_INDEX"
+            variables["FLYTE_K8S_ARRAY_INDEX"] = str(self.index)
         return [{"name": name, "value": value} for name, value in variables.items()]
+
+    def _output_prefix_of(self, attempt: int) -> str:
+        # The inputs of a map's elements are the map's, of which each takes its own.
+        return f"{self.prefix}/{attempt}" if self.index is None else f"{self.prefix}/0/{self.index}/{attempt}"

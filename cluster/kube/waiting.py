@@ -52,28 +52,33 @@ class Waiting:
         self._troubled_since = None
         return JobState(RunStatus.PENDING, "is suspended: a queue has not admitted it yet, or somebody has.")
 
-    def state(self, job: Manifest, pods: list[Any], beside: str | None = None) -> JobState:
+    def state(self, job: Manifest, pods: list[Any], beside: str | None = None, *, begun: bool = False) -> JobState:
         """The state of a job whose pods do not all run yet.
 
         Args:
             job: The custom resource.
             pods: Those of it that are there.
             beside: Name of another resource whose events are about it.
+            begun: Whether it has begun with those that run.
 
         Raises:
             ClusterError: The cluster refuses to tell, or cannot be reached.
         """
         troubles = [trouble for pod in pods if (trouble := _trouble_of(pod)) is not None]
-        late = _age_s(job) > self._ready_timeout_s
+        late = not begun and _age_s(job) > self._ready_timeout_s
         names = {self._run_id, *filter(None, [beside]), *(pod.metadata.name for pod in pods)}
+        ready = sum(pod.status.phase in ("Running", "Succeeded") for pod in pods)
+        if begun and ready == len(pods):
+            return JobState(RunStatus.RUNNING)
         events = [] if troubles else self._warnings(names, now=late)
-        ready = sum(pod.status.phase == "Running" for pod in pods)
         why = "; ".join([text for _, text in troubles[:3]] or events[-2:]) or (
             "the others start" if pods else "they are being made"
         )
         message = f"waits for its pods: {ready} of {len(pods)} run; {why}."
         error = self._in_vain([reason for reason, _ in troubles], why) or (self._too_late(message) if late else None)
-        return JobState(RunStatus.PENDING if error is None else RunStatus.LOST, message, error)
+        if error is not None:
+            return JobState(RunStatus.LOST, message, error)
+        return JobState(RunStatus.RUNNING if begun else RunStatus.PENDING, message)
 
     def _warnings(self, names: set[str], *, now: bool) -> list[str]:
         """What events warn of; as of a moment ago unless it has to be as of now."""

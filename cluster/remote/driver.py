@@ -8,24 +8,31 @@ in the storage as the run's outcome, and the error's message as the last lines o
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import ray
 
 from kfpytorch_ray.cluster.interruption import TERMINATED, interruptible
-from kfpytorch_ray.cluster.launching import run_request
+from kfpytorch_ray.cluster.launching import Launched, run_request
 from kfpytorch_ray.cluster.remote.lease import LeaseWatch
-from kfpytorch_ray.cluster.remote.outcome import write_failure, write_success
+from kfpytorch_ray.cluster.remote.outcome import NOTHING, Record, result_name, write_failure, write_outcome
+from kfpytorch_ray.cluster.remote.staged import read_request
 from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.errors import IntegrityError, KfpytorchRayError, RunStoppedError, StorageError, explain
-from kfpytorch_ray.runs import DRIVER_LOG, MANIFEST, REQUEST, Manifest
-from kfpytorch_ray.storage import Storage, digest_of
+from kfpytorch_ray.errors import KfpytorchRayError, RunStoppedError, explain
+from kfpytorch_ray.run import RunStatus
+from kfpytorch_ray.runs import DRIVER_LOG
+from kfpytorch_ray.storage import Digest, Storage
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
+_UPLOADS_AT_A_TIME = 4
 
 
 def main(uri: str, working_dir: str = "") -> int:
@@ -42,7 +49,7 @@ def main(uri: str, working_dir: str = "") -> int:
     location, _, sha256 = uri.partition("#")
     try:
         folder = Storage(location)
-        manifest, request, options = _read(folder, sha256)
+        manifest, (request, options) = read_request(folder, sha256)
         lease = LeaseWatch(folder, manifest.lease_s)
         with interruptible(), lease:
             return _run(folder, request, replace(options, working_dir=working_dir), lease)
@@ -51,34 +58,12 @@ def main(uri: str, working_dir: str = "") -> int:
         return EXIT_FAILED
 
 
-def _read(folder: Storage, sha256: str) -> tuple[Manifest, RayRequest, RayBackend]:
-    described, data = folder.read(MANIFEST), folder.read(REQUEST)
-    if described is None or data is None:
-        raise StorageError(
-            explain(
-                f"{folder.uri} has no request.",
-                "It was removed before its job began, or this machine sees another storage of that name.",
-                "Launch again, with storage that both sides reach.",
-            )
-        )
-    if digest_of(data).sha256 != sha256:
-        raise IntegrityError(
-            explain(
-                f"The request in {folder.uri} is not the one that was submitted.",
-                "Its SHA-256 differs from the one in the job's entrypoint, so it was not unpickled.",
-                "Launch again. If it happens again, find out who else can write to this storage.",
-            )
-        )
-    request, options = pickle.loads(data)
-    return Manifest.from_json(described), request, options
-
-
 def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: LeaseWatch) -> int:
     try:
         launched = run_request(request, options, home=False)
         # Before the outcome, which tells that everything else is there.
         _keep_log(folder)
-        write_success(folder, launched)
+        _write_success(folder, launched)
     except KfpytorchRayError as error:
         return _fail(folder, error, EXIT_FAILED)
     except (SystemExit, KeyboardInterrupt):
@@ -86,6 +71,18 @@ def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: Lease
         stopped = RunStoppedError(explain(f"{request.setup.name} was stopped.", why, lease.fix))
         return _fail(folder, stopped, TERMINATED)
     return 0
+
+
+def _write_success(folder: Storage, launched: Launched) -> None:
+    with ThreadPoolExecutor(_UPLOADS_AT_A_TIME, "kfpytorch-ray-upload") as pool:
+        digests = list(pool.map(partial(_upload, folder), range(len(launched.refs)), launched.refs))
+    results = tuple((digest.sha256, digest.size_bytes) for digest in digests)
+    write_outcome(folder, RunStatus.SUCCEEDED, Record(launched.rounds), results)
+
+
+def _upload(folder: Storage, rank: int, ref: Any) -> Digest:
+    spooled = ray.get(ref)
+    return NOTHING if spooled is None else folder.upload(result_name(rank), [spooled.data])
 
 
 def _fail(folder: Storage, error: KfpytorchRayError, exit_code: int) -> int:

@@ -178,11 +178,20 @@ class RemoteRun:
                 _removing(discard, self._folder)
             raise record.error
         ranks = tuple(range(len(outcome.results)))
-        result = ElasticResult(ranks, Downloads(self._folder, outcome), record.rounds, self.run_id)
+        downloads = Downloads(self._folder, outcome)
+        result = ElasticResult(ranks, downloads, record.rounds, self.run_id)
         if not keep:
             self._forget()
-            weakref.finalize(result, _removing, collect, self._folder)
+            weakref.finalize(result, _collect_if_taken, downloads, self._folder)
         return result
+
+    def collect(self) -> None:
+        """Count its result as taken."""
+        if not self.status().ended:
+            raise self._pending(f"The run {self.run_id} has not ended, and has no result to collect.")
+        if collected(self._folder) is None:
+            self._forget()
+            collect(self._folder)
 
     def _forget(self) -> None:
         """Have the cluster remove what it keeps of a job that is over."""
@@ -262,14 +271,12 @@ class RemoteRun:
                     told = False
                     tell(f"the run {self.run_id} can be reached again.")
             if timeout is not None and time.monotonic() - began >= timeout:
-                raise RunPendingError(
-                    explain(
-                        f"The run {self.run_id} has not ended within {timeout:g} s.",
-                        "It waits for nodes, or trains.",
-                        f"Ask again later, or see what it does: {self.command('logs -f')}",
-                    )
-                )
+                raise self._pending(f"The run {self.run_id} has not ended within {timeout:g} s.")
             yield state
+
+    def _pending(self, what: str) -> RunPendingError:
+        fix = f"Ask again later, or see what it does: {self.command('logs -f')}"
+        return RunPendingError(explain(what, "It waits for nodes, or trains.", fix))
 
     def _unreachable(self, error: ClusterUnreachableError | StorageError) -> ClusterUnreachableError:
         what = f"The run {self.run_id} cannot be followed any more, and has left no outcome."
@@ -316,6 +323,12 @@ class RemoteRun:
 
     def _stopped(self, why: str) -> RunStoppedError:
         return RunStoppedError(explain(f"The run {self.run_id} was stopped.", why, "Launch it again."))
+
+
+def _collect_if_taken(downloads: Downloads, folder: Storage) -> None:
+    """At the end of a result that was handed out: what nobody has fetched must not be lost with it."""
+    if downloads.taken:
+        _removing(collect, folder)
 
 
 def _removing(remove: Callable[[Storage], None], folder: Storage) -> None:

@@ -1,4 +1,4 @@
-"""How a remote run ends, in its storage: written by its driver on the cluster, read by whoever takes the result.
+"""How a run that is elsewhere ends, in its storage: written there, read by whoever takes the result. Without ray.
 
 Results stay spooled as they were in the object store: streamed there and back, and mapped here, so that neither side
 holds one twice. The records and the error are one pickle of our own classes; the user's exception within is bytes
@@ -11,19 +11,21 @@ import logging
 import pickle
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import ray
 
 from kfpytorch_ray.cluster.causes import failures, root_cause
 from kfpytorch_ray.cluster.failures import rebuilt_exception
-from kfpytorch_ray.cluster.launching import Launched
 from kfpytorch_ray.cluster.spool import map_spooled
-from kfpytorch_ray.errors import KfpytorchRayError, LaunchError, ResultError, RunStoppedError, WorkerFailedError
+from kfpytorch_ray.errors import (
+    KfpytorchRayError,
+    LaunchError,
+    ResultError,
+    RunStoppedError,
+    StorageError,
+    WorkerFailedError,
+    explain,
+)
 from kfpytorch_ray.results import ElasticWorkerResult, RoundRecord
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import OUTCOME, OUTCOME_RECORD, RESULTS, Outcome
@@ -31,8 +33,7 @@ from kfpytorch_ray.storage import Digest, Storage
 
 logger = logging.getLogger(__name__)
 
-_UPLOADS_AT_A_TIME = 4
-_NOTHING = Digest("", 0)
+NOTHING = Digest("", 0)
 """Of a rank that left without a result: it returned None."""
 
 
@@ -49,24 +50,12 @@ class Record:
     error: KfpytorchRayError | None = None
 
 
-def write_success(folder: Storage, launched: Launched) -> None:
-    """Leave every rank's result, and that the run succeeded.
-
-    Raises:
-        StorageError: Something cannot be written.
-    """
-    with ThreadPoolExecutor(_UPLOADS_AT_A_TIME, "kfpytorch-ray-upload") as pool:
-        digests = list(pool.map(partial(_upload, folder), range(len(launched.refs)), launched.refs))
-    results = tuple((digest.sha256, digest.size_bytes) for digest in digests)
-    _write(folder, RunStatus.SUCCEEDED, Record(launched.rounds), results)
-
-
 def write_failure(folder: Storage, error: KfpytorchRayError) -> None:
     """Leave why the run failed or was stopped; where that cannot be written, its log still says it."""
     status = RunStatus.STOPPED if isinstance(error, RunStoppedError) else RunStatus.FAILED
     record = Record(error.rounds if isinstance(error, LaunchError) else (), error)
     try:
-        _write(folder, status, record)
+        write_outcome(folder, status, record)
     except KfpytorchRayError as unwritten:
         logger.warning("The outcome of this run could not be kept: %s", unwritten)
 
@@ -95,6 +84,13 @@ class Downloads:
     def __init__(self, folder: Storage, outcome: Outcome) -> None:
         self._folder = folder
         self._outcome = outcome
+        self._fetched: set[int] = set()
+        self._failed: set[int] = set()
+
+    @property
+    def taken(self) -> bool:
+        """Whether something was fetched, and everything that was asked for has arrived."""
+        return bool(self._fetched) and not self._failed
 
     def __call__(self, rank: int) -> ElasticWorkerResult:
         """The result of a rank.
@@ -104,20 +100,39 @@ class Downloads:
             IntegrityError: It is not what was written.
             ResultError: It cannot be unpickled in this process.
         """
-        digest = self._outcome.result_digest(rank)
-        if digest == _NOTHING:
+        self._failed.add(rank)
+        result = self._fetch(rank, self._outcome.result_digest(rank))
+        self._failed.remove(rank)
+        self._fetched.add(rank)
+        return result
+
+    def _fetch(self, rank: int, digest: Digest) -> ElasticWorkerResult:
+        if digest == NOTHING:
             return ElasticWorkerResult(None, [], None)
         # With it comes torch, which neither a driver nor a look at a run needs.
-        from kfpytorch_ray.cluster.fetching import rebuilt_result
+        from kfpytorch_ray.cluster.pickling import rebuilt_result
 
-        with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as folder:
+        with _folder_for_results() as folder:
             path = Path(folder, "result")
-            self._folder.download(_name(rank), path, digest)
+            self._folder.download(result_name(rank), path, digest)
             # The memory that is mapped outlives the file, and becomes the value's own: it is there once.
             return rebuilt_result(map_spooled(path, writable=True), rank)
 
 
-def _write(folder: Storage, status: RunStatus, record: Record, results: tuple[tuple[str, int], ...] = ()) -> None:
+def write_outcome(
+    folder: Storage, status: RunStatus, record: Record, results: tuple[tuple[str, int], ...] = ()
+) -> None:
+    """Leave how the run ended; everything else that is to be there has to be.
+
+    Args:
+        folder: Of the run.
+        status: How it ended.
+        record: What became of it.
+        results: SHA-256 and size of each rank's result, by rank.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
     written = folder.upload(OUTCOME_RECORD, [pickle.dumps(record)])
     outcome = Outcome(
         state=status.value,
@@ -130,10 +145,19 @@ def _write(folder: Storage, status: RunStatus, record: Record, results: tuple[tu
     folder.write(OUTCOME, outcome.to_json())
 
 
-def _upload(folder: Storage, rank: int, ref: Any) -> Digest:
-    spooled = ray.get(ref)
-    return _NOTHING if spooled is None else folder.upload(_name(rank), [spooled.data])
+def _folder_for_results() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="kfpytorch-ray-")
+    except OSError as error:
+        raise StorageError(
+            explain(
+                "There is no folder here for the results to arrive in.",
+                f"{type(error).__name__}: {error}",
+                "Name one with room for the largest result by the variable TMPDIR. The results stay in the storage.",
+            )
+        ) from error
 
 
-def _name(rank: int) -> str:
+def result_name(rank: int) -> str:
+    """Of a rank's result in the run's folder."""
     return f"{RESULTS}/rank-{rank}"

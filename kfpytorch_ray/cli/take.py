@@ -14,7 +14,7 @@ import rich_click as click
 from kfpytorch_ray.cli.options import Reach, json_option, reach_options, seconds
 from kfpytorch_ray.cli.reaching import opened
 from kfpytorch_ray.cli.reporting import print_json, result_as_json
-from kfpytorch_ray.errors import ConfigError, LaunchError, ResultCollectedError, StorageError, explain
+from kfpytorch_ray.errors import ConfigError, LaunchError, StorageError, explain
 from kfpytorch_ray.notices import tell
 from kfpytorch_ray.payload import PICKLE_PROTOCOL
 from kfpytorch_ray.run import RunStatus
@@ -69,9 +69,7 @@ def result(
     elif output is None:
         click.echo(repr(taken[rank].return_value))
     if not keep:
-        # Somebody else may have taken it meanwhile.
-        with contextlib.suppress(ResultCollectedError):
-            handle.result(0)
+        handle.collect()
 
 
 @click.command()

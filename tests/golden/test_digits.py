@@ -15,7 +15,7 @@ import yaml
 from crd_schema import pytorch_job_crds, ray_job_crds
 from flytekit.configuration import FastSerializationSettings, Image, ImageConfig, SerializationSettings
 
-from kfpytorch_ray.config import KubeRayBackend
+from kfpytorch_ray.config import KubeflowBackend, KubeRayBackend
 from kfpytorch_ray.rendering import render
 
 HERE = Path(__file__).parent
@@ -32,7 +32,8 @@ SETTINGS = SerializationSettings(
 OPTIONS = {
     ("kuberay", "kubernetes"): KubeRayBackend(
         image=IMAGE.full, namespace="digits", storage="s3://bucket/prefix", ray_version="2.60.0"
-    )
+    ),
+    ("kubeflow", "kubernetes"): KubeflowBackend(image=IMAGE.full, namespace="digits", storage="s3://bucket/prefix"),
 }
 WAYS = [("kuberay", "flyte"), ("kubeflow", "flyte"), *OPTIONS]
 CRDS = {"kuberay": ray_job_crds, "kubeflow": pytorch_job_crds}

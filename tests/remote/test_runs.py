@@ -6,9 +6,11 @@ import importlib
 import os
 import pickle
 import re
+import resource
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +31,7 @@ from kfpytorch_ray import (
     RunPendingError,
     RunStatus,
     RunStoppedError,
+    StorageError,
     UnknownRunError,
     WorkerFailedError,
     attach,
@@ -155,6 +158,40 @@ def test_a_run_is_left_and_found_again(head: HeadCluster, storage: str) -> None:
         run.result()
     assert any("begun" in line for line in run.logs(rank=0))
     assert list(run.logs(rank=1)) == []
+
+
+@contextmanager
+def no_room_for(size_bytes: int) -> Iterator[None]:
+    """A disk on which no file can be larger."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_was_not_fetched_is_not_removed(head: HeadCluster, storage: str) -> None:
+    """A download that fails, or that nobody asked for, leaves the result where it is; ``collect`` removes it."""
+    run = launch(lambda: bytes(2**21), elastic=elastic(head, storage), wait=False)
+    result = run.result()
+    with no_room_for(2**20), pytest.raises(StorageError, match="File too large"):
+        result[0]
+    del result
+    attach(run.run_id, storage=storage).result()
+    assert "results/rank-0" in files(storage)
+    again = attach(run.run_id, storage=storage).result(keep=True)
+    assert again[0].return_value == bytes(2**21)
+    del again
+    result = run.result()
+    with no_room_for(2**20), pytest.raises(StorageError):
+        result[0]
+    assert len(result[0].return_value) == 2**21
+    del result
+    assert files(storage) == {"manifest.json", "outcome.json", "driver.log", "collected.json"}
+    run.collect()
+    with pytest.raises(ResultCollectedError):
+        run.result()
 
 
 def test_the_last_lines_of_every_rank_are_in_the_log(head: HeadCluster, storage: str) -> None:

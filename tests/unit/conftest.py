@@ -78,6 +78,9 @@ class DoubleRun:
             raise self.answer
         return self.answer
 
+    def collect(self) -> None:
+        self.calls.append(("collect",))
+
 
 class DetachedDouble(DoubleAdapter):
     """A backend whose runs go on without this process."""

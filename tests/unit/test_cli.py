@@ -462,7 +462,7 @@ def test_a_result_is_removed_once_it_has_arrived(ended: Any) -> None:
     """Never before, and not with --keep."""
     done = cli("result", "kfr-a")
     assert (done.exit_code, done.stdout) == (0, "10\n")
-    assert ended.calls == [KEPT, TAKEN]
+    assert ended.calls == [KEPT, ("collect",)]
     ended.calls.clear()
     assert cli("result", "kfr-a", "--keep", "--rank", 1).stdout == "11\n"
     assert ended.calls == [KEPT]

@@ -273,9 +273,9 @@ def test_a_task_without_nodes_to_choose_is_refused(flow: Any) -> None:
 def test_options_that_the_backend_does_not_have_are_refused_together(flow: Any) -> None:
     """By the names that were typed."""
     with pytest.raises(ConfigError, match="2 problems") as caught:
-        elastic_of(flow("kubeflow"), Wanted(options={"address": ADDRESS, "lease_s": 1.0}))
+        elastic_of(flow("kubeflow"), Wanted(options={"address": ADDRESS, "headers": {}}))
     assert "--address: the backend 'kubeflow' has no such option" in str(caught.value)
-    assert "--lease: the backend" in str(caught.value)
+    assert "--headers: the backend" in str(caught.value)
 
 
 def test_a_file_that_lies_elsewhere_is_sent_to_kuberay_with_its_folder(

@@ -202,7 +202,7 @@ def test_a_function_that_cannot_be_loaded_leads_to_the_code_on_the_node() -> Non
     cause = record(2, message="ModuleNotFoundError: No module named 'mine'", traceback=TRACEBACK, stage=Stage.LOAD)
     message = str(error_of(cause, max_restarts=3))
     assert "it raised while loading the function and its inputs" in message
-    assert "RayBackend(working_dir=...)" in message
+    assert "the backend's working_dir=..." in message
     assert "not tried again" in message
     assert "Traceback of rank 2:" in message
 

@@ -197,3 +197,21 @@ def test_what_flyte_fails_on_is_refused() -> None:
         ray_job({**TEMPLATE, "custom": {}}, FlyteExecution())
     with pytest.raises(ConfigError, match="47"):
         ray_job(TEMPLATE, FlyteExecution(name="x" * 48))
+
+
+def test_a_later_attempt_knows_where_the_one_before_kept_its_checkpoints() -> None:
+    """It leaves its own outputs beside those of the earlier attempt."""
+    execution = FlyteExecution(prefix="s3://b/data", attempt=1)
+    assert (
+        execution.fill_in("{{.outputPrefix}} {{.prevCheckpointPrefix}}")
+        == "s3://b/data/1 s3://b/data/0/_flytecheckpoints"
+    )
+    assert {"name": "FLYTE_ATTEMPT_NUMBER", "value": "1"} in execution.environment({})
+
+
+def test_an_element_of_a_map_is_told_its_index() -> None:
+    """It reads the inputs of the whole map, and leaves its outputs in a folder of its own."""
+    execution = FlyteExecution(prefix="s3://b/data", index=3)
+    assert execution.fill_in("{{.input}} {{.outputPrefix}}") == "s3://b/data/inputs.pb s3://b/data/0/3/0"
+    variables = {one["name"]: one["value"] for one in execution.environment({})}
+    assert variables[variables["BATCH_JOB_ARRAY_INDEX_VAR_NAME"]] == "3"

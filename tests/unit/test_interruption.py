@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from kfpytorch_ray.cluster.interruption import interruptible
+
 CODE = """
 import signal, sys
 import flytekit  # sets a handler of its own for SIGINT
@@ -39,6 +41,19 @@ def test_without_a_terminal(signum: signal.Signals, said: str, option: str, then
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signum)
         assert process.stdout.read().splitlines() == [said, then]
+
+
+def test_a_second_sigterm_breaks_nothing_off() -> None:
+    """What the first one began goes on to its end; the next block is interrupted as the first was."""
+    endings = []
+    for _ in range(2):
+        with pytest.raises(SystemExit), interruptible():  # noqa: PT012 - both signals come in one block
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+                endings.append("in order")
+    assert endings == ["in order", "in order"]
 
 
 @pytest.mark.parametrize(

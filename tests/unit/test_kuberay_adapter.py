@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 from collections import OrderedDict
@@ -227,7 +228,15 @@ def test_templates_of_head_and_workers_are_laid_over() -> None:
     assert head.ray_start_params == {"log-color": "false", "num-cpus": "0"}
     assert group.ray_start_params == {"object-store-memory": "1000000000"}
     assert job.ray_cluster.autoscaler_options.idle_timeout_seconds == 300
-    assert job.runtime_env_yaml == '{"env_vars": {"A": "1"}}'
+    assert json.loads(job.runtime_env_yaml)["env_vars"]["A"] == "1"
+
+
+def test_ray_gives_a_job_that_is_stopped_the_workers_grace() -> None:
+    """Its own 3 s would have the driver killed before its workers have ended; and it merges no lines of ranks."""
+    job = job_of(on_kuberay(Elastic(nnodes=2, backend=KubeRayBackend(stop_grace_s=60))))
+    variables = json.loads(job.runtime_env_yaml)["env_vars"]
+    assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]) > 60
+    assert variables["RAY_DEDUP_LOGS"] == "0"
 
 
 def test_a_tasks_pod_template_keeps_its_shape_with_small_resources() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from kfpytorch_ray.adapters.kubeflow import KubeflowAdapter
 from kfpytorch_ray.adapters.raycluster import RayAdapter
 from kfpytorch_ray.cluster.demand import Demand
 from kfpytorch_ray.cluster.limits import Budgets, Limits
+from kfpytorch_ray.cluster.runtime_env import runtime_env_of
 from kfpytorch_ray.payload import load_payload
 from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
 
@@ -121,6 +123,23 @@ def test_the_search_path_is_absolute_but_for_what_is_sent(
     here = (str(tmp_path / "src"), str(tmp_path), str(tmp_path / "src/deep"), "/elsewhere")
     assert setup.sys_path[:4] == here
     assert [path for path in setup.sys_path if not os.path.isabs(path)] == sent
+
+
+@pytest.mark.parametrize(
+    ("runtime_env", "sent"),
+    [
+        ({"working_dir": "gcs://_ray_pkg_1.zip"}, False),
+        ({"env_vars": {"working_dir": "/elsewhere"}}, True),
+        (None, True),
+    ],
+)
+def test_a_job_that_brings_a_folder_is_sent_no_other(
+    runtime_env: dict[str, Any] | None, sent: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray refuses two; a variable that happens to be called so is none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": runtime_env, "metadata": {}}))
+    assert runtime_env_of(RayBackend()).get("working_dir") == (str(tmp_path) if sent else None)
 
 
 def test_building_changes_nothing_and_starts_nothing() -> None:

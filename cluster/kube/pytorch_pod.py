@@ -1,0 +1,178 @@
+"""A pod of a PyTorchJob: ``python -m kfpytorch_ray.cluster.kube.pytorch_pod RUN_ID URI#SHA256 [SHA256:BYTES]``.
+
+One node of the launch. For an ``Elastic`` it is torch elastic's agent and starts the ranks, for a ``PyTorch`` it is one
+itself. What they return goes to the run's folder, and the pod ends when all pods have brought theirs: the operator
+counts an elastic job as done with the first pod that ends, and may remove the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kfpytorch_ray.cluster.interruption import TERMINATED, interruptible
+from kfpytorch_ray.cluster.kube import code
+from kfpytorch_ray.cluster.kube.pod_log import mark_of
+from kfpytorch_ray.cluster.kube.pod_ranks import budget_of, run_ranks, succeeded
+from kfpytorch_ray.cluster.kube.pod_reports import LOG, folder_of, report, settle_success
+from kfpytorch_ray.cluster.kube.pod_request import PodRequest
+from kfpytorch_ray.cluster.kube.pod_worker import Places
+from kfpytorch_ray.cluster.remote.lease import LeaseWatch
+from kfpytorch_ray.cluster.remote.outcome import Record, result_name
+from kfpytorch_ray.cluster.remote.staged import read_request
+from kfpytorch_ray.cluster.spool import map_spooled
+from kfpytorch_ray.cluster.worker import search_path
+from kfpytorch_ray.errors import KfpytorchRayError, LaunchError, LaunchInterruptedError, RunStoppedError, explain
+from kfpytorch_ray.run import RunStatus
+from kfpytorch_ray.runs import read_outcome
+from kfpytorch_ray.storage import Digest, Storage
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 1
+_LOOK_S = 1.0
+_OTHERS_WAIT_S = 3600.0
+"""How long results of other pods may be on their way once a pod has brought its own."""
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's name
+
+
+def main(run_id: str, uri: str, packed: str = "") -> int:
+    """Do this pod's part of a run.
+
+    Args:
+        run_id: Of the run.
+        uri: Of its folder, with the SHA-256 of the request.
+        packed: SHA-256 and size of the user's modules in it; empty where they are in the image.
+
+    Returns:
+        The exit code: 0 if every rank of all pods returned, 1 if not, 143 if it was stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as scratch:
+        log = Path(scratch, LOG)
+        location, _, sha256 = uri.partition("#")
+        with _kept_output(log):
+            sys.stdout.write(mark_of(run_id))
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+            try:
+                folder = Storage(location)
+                exit_code = _Pod(folder, Path(scratch)).run(sha256, packed)
+            except KfpytorchRayError as error:
+                # The storage, most likely, in which nobody can be told.
+                sys.stderr.write(f"{error}\n")
+                exit_code = EXIT_FAILED
+        with contextlib.suppress(KfpytorchRayError), log.open("rb") as file:
+            folder_of(Storage(location), socket.gethostname()).upload(LOG, iter(lambda: file.read(2**20), b""))
+    return exit_code
+
+
+@dataclass(frozen=True)
+class _Pod:
+    folder: Storage
+    scratch: Path
+
+    def run(self, sha256: str, packed: str) -> int:
+        reason, fix, budget = "The pod was deleted, evicted or pre-empted.", "Launch it again.", ""
+        try:
+            with interruptible():
+                if packed:
+                    self._receive(packed)
+                manifest, request = read_request(self.folder, sha256)
+                budget = budget_of(request.plan)
+                lease = LeaseWatch(self.folder, manifest.lease_s)
+                with lease:
+                    try:
+                        return self._train(request)
+                    finally:
+                        reason, fix = lease.reason or reason, lease.fix
+        except LaunchInterruptedError:
+            return self._stopped(reason, fix)
+        except KfpytorchRayError as error:
+            return self._failed(error, budget)
+        except SystemExit as stop:
+            if stop.code != TERMINATED:
+                raise
+            return self._stopped(reason, fix)
+
+    def _receive(self, packed: str) -> None:
+        """Have the user's modules where a launch on this machine would have them: around this process."""
+        working_dir = self.scratch / "code"
+        working_dir.mkdir()
+        sha256, _, size = packed.partition(":")
+        code.receive(self.folder, Digest(sha256, int(size)), working_dir)
+        os.chdir(working_dir)
+
+    def _train(self, request: PodRequest) -> int:
+        os.environ.update(request.environment)
+        time.tzset()
+        sys.path[:] = search_path(sys.path, request.sys_path)
+        started_at = time.time()
+        with contextlib.ExitStack() as undo:
+            roomy = [_SHARED_MEMORY] if os.path.isdir(_SHARED_MEMORY) else []
+            results = [undo.enter_context(tempfile.TemporaryDirectory(dir=one)) for one in roomy]
+            returned = run_ranks(request.plan, Places(str(self.scratch), (*results, str(self.scratch))))
+            uploaded = [(rank, self._upload(rank, one.result)) for rank, one in sorted(returned.items())]
+        record = Record((succeeded(returned, started_at),))
+        report(self.folder, socket.gethostname(), RunStatus.SUCCEEDED, record, results=uploaded)
+        return self._wait_for_others()
+
+    def _upload(self, rank: int, path: str) -> Digest:
+        return self.folder.upload(result_name(rank), [map_spooled(Path(path)).data])
+
+    def _wait_for_others(self) -> int:
+        deadline = time.monotonic() + _OTHERS_WAIT_S
+        while not settle_success(self.folder) and read_outcome(self.folder) is None:
+            if time.monotonic() > deadline:
+                logger.error("The other pods have not brought their results within %g s.", _OTHERS_WAIT_S)
+                return EXIT_FAILED
+            time.sleep(_LOOK_S)
+        return 0
+
+    def _failed(self, error: KfpytorchRayError, budget: str) -> int:
+        sys.stderr.write(f"{error}\n")
+        rounds = error.rounds if isinstance(error, LaunchError) else ()
+        report(self.folder, socket.gethostname(), RunStatus.FAILED, Record(rounds, error), budget)
+        return EXIT_FAILED
+
+    def _stopped(self, reason: str, fix: str) -> int:
+        error = RunStoppedError(explain(f"The pod {socket.gethostname()} was stopped.", reason, fix))
+        sys.stderr.write(f"{error}\n")
+        report(self.folder, socket.gethostname(), RunStatus.STOPPED, Record((), error))
+        return TERMINATED
+
+
+@contextlib.contextmanager
+def _kept_output(path: Path) -> Iterator[None]:
+    """Copy what this process and its children print to a file; by another process, which survives a crash."""
+    copier = subprocess.Popen(["tee", path], stdin=subprocess.PIPE)  # noqa: S607 - of the image
+    before = [os.dup(stream) for stream in (1, 2)]
+    assert copier.stdin is not None
+    for stream in (1, 2):
+        os.dup2(copier.stdin.fileno(), stream)
+    copier.stdin.close()
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for text in (sys.stdout, sys.stderr):
+            text.flush()
+        for stream, original in zip((1, 2), before, strict=True):
+            os.dup2(original, stream)
+            os.close(original)
+        # A child of the user's that goes on holds the pipe open.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            copier.wait(5)
+        copier.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

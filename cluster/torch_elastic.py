@@ -1,0 +1,170 @@
+"""torch elastic's own launcher on one node, whose agents find each other by c10d rendezvous, as in upstream's plugin.
+
+In this process without a cluster, and in the pods of a PyTorchJob, whose operator names the rendezvous in PET_*
+variables. What it raises becomes ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kfpytorch_ray.errors import (
+    TORCH_IMPORT_ERROR_MESSAGE,
+    LaunchError,
+    LaunchInterruptedError,
+    PlacementTimeoutError,
+    RecoverableWorkerError,
+    ResultError,
+    WorkerFailedError,
+    explain,
+)
+from kfpytorch_ray.flyte_worker import RECOVERABLE_MARKER, UNPICKLABLE_MARKER, has_marker
+from kfpytorch_ray.plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
+
+logger = logging.getLogger(__name__)
+
+RENDEZVOUS_BACKEND = "c10d"
+"""Needs no server of its own: the agents meet at one of them."""
+
+_GRACE_S = 30.0
+"""As torch gives its workers."""
+
+T = TypeVar("T")
+
+
+def launch_config(plan: LaunchPlan, **more: Any) -> LaunchConfig:
+    """The launcher's configuration; the operator names the rendezvous in PET_RDZV_ENDPOINT.
+
+    Args:
+        plan: What is launched.
+        **more: Fields of the configuration beside.
+
+    Raises:
+        ImportError: torch is not installed.
+    """
+    try:
+        from torch.distributed.launcher.api import LaunchConfig
+    except ImportError as error:
+        raise ImportError(TORCH_IMPORT_ERROR_MESSAGE) from error
+    return LaunchConfig(
+        run_id=plan.run_id,
+        min_nodes=plan.min_nodes,
+        max_nodes=plan.max_nodes,
+        nproc_per_node=plan.nproc_per_node,
+        rdzv_backend=RENDEZVOUS_BACKEND,
+        # The user's own dict, as upstream: torch adds its default time-out of 900 s to it.
+        rdzv_configs=plan.rdzv_configs,  # type: ignore[arg-type]
+        rdzv_endpoint=os.environ.get("PET_RDZV_ENDPOINT", "localhost:0"),
+        max_restarts=plan.max_restarts,
+        monitor_interval=plan.monitor_interval_s,
+        start_method=plan.start_method,
+        **more,
+    )
+
+
+def run_node(
+    plan: LaunchPlan, config: LaunchConfig, entrypoint: Callable[..., T], args: tuple[Any, ...]
+) -> dict[int, T]:
+    """Run this node's workers to their end.
+
+    Args:
+        plan: What is launched.
+        config: How.
+        entrypoint: What every worker calls.
+        args: Its arguments.
+
+    Returns:
+        What it returned, by global rank, for the ranks of this node.
+
+    Raises:
+        PlacementTimeoutError: Too few nodes met within the join timeout.
+        RecoverableWorkerError: The first rank to fail raised FlyteRecoverableException.
+        ResultError: A rank's result cannot be pickled.
+        WorkerFailedError: The first rank to fail did so in another way; its cause is torch's ChildFailedError.
+        LaunchInterruptedError: This process was told to stop.
+        LaunchError: Torch elastic failed itself.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
+    from torch.distributed.launcher.api import elastic_launch
+
+    _limit_threads(plan)
+    before = set(multiprocessing.active_children())
+    try:
+        returned: dict[int, T] = elastic_launch(config=config, entrypoint=entrypoint)(*args)
+    except ChildFailedError as error:
+        raise _worker_error(error) from error
+    except SignalException as error:
+        # It may come while torch is still starting them, and then torch knows nothing of them.
+        _end(set(multiprocessing.active_children()) - before)
+        raise LaunchInterruptedError(_interrupted(plan, error), time.time()) from error
+    except RendezvousTimeoutError as error:
+        raise PlacementTimeoutError(_too_few_nodes(plan, error)) from error
+    except RendezvousError as error:
+        raise LaunchError(_no_rendezvous(plan, config, error), time.time()) from error
+    return returned
+
+
+def _limit_threads(plan: LaunchPlan) -> None:
+    """As torchrun: one OpenMP thread per worker where there are several and the user said nothing."""
+    if plan.nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
+        logger.warning(
+            "OMP_NUM_THREADS is set to 1 for each of the %d workers, so that they do not fight for the cores. "
+            "Set it in the task's environment to tune it.",
+            plan.nproc_per_node,
+        )
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _end(workers: set[BaseProcess]) -> None:
+    """Python would wait for them at its own end, for ever."""
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(_GRACE_S)
+        worker.kill()
+
+
+def _worker_error(error: ChildFailedError) -> LaunchError:
+    _, first = error.get_first_failure()
+    message = error.format_msg()
+    if has_marker(first.error_file, RECOVERABLE_MARKER):
+        return RecoverableWorkerError(message, first.timestamp)
+    if has_marker(first.error_file, UNPICKLABLE_MARKER):
+        return ResultError(message, first.timestamp)
+    return WorkerFailedError(message, first.timestamp)
+
+
+def _interrupted(plan: LaunchPlan, error: Exception) -> str:
+    return explain(
+        f"{plan.name} was interrupted and its workers were stopped.",
+        str(error),
+        "Nothing in the task: the pod was evicted, deleted or pre-empted, or the run was cancelled. Run it again.",
+    )
+
+
+def _too_few_nodes(plan: LaunchPlan, error: Exception) -> str:
+    return explain(
+        f"{plan.name} did not find {plan.min_nodes} nodes within {plan.join_timeout_s:.0f} s.",
+        f"The rendezvous timed out: {error}",
+        "Check that all pods of the PyTorchJob were scheduled, or raise rdzv_configs['join_timeout'].",
+    )
+
+
+def _no_rendezvous(plan: LaunchPlan, config: LaunchConfig, error: Exception) -> str:
+    return explain(
+        f"{plan.name} could not meet its other nodes at {config.rdzv_endpoint}.",
+        f"{type(error).__name__}: {error}",
+        "Check that the pods of the PyTorchJob can reach each other and that the master is running.",
+    )

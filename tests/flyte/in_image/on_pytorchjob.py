@@ -1,0 +1,40 @@
+"""Tasks of type ``pytorch``: two pods of one worker each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flytekit import task
+
+from in_image import training
+from kfpytorch_ray import Elastic, PyTorch, Worker
+
+
+def on_two_pods(**options: Any) -> dict[str, Any]:
+    """Arguments of ``@task`` for torch elastic."""
+    return {"task_config": Elastic(nnodes=2, monitor_interval=1), **options}
+
+
+@task(**on_two_pods(environment={"OF_THE_TASK": "yes"}, enable_deck=True))
+def report(base: int) -> dict[str, str]:
+    return training.report(base)
+
+
+@task(**on_two_pods())
+def fail(message: str, rank: str) -> int:
+    return training.fail(message, rank)
+
+
+@task(**on_two_pods())
+def leave_note(folder: str) -> None:
+    training.leave_note(folder)
+
+
+@task(**on_two_pods())
+def total(base: int) -> int:
+    return training.sum_of_ranks(base)
+
+
+@task(task_config=PyTorch(worker=Worker(replicas=1)))
+def total_of_replicas(base: int) -> int:
+    return training.sum_of_ranks(base)

@@ -1,0 +1,116 @@
+"""What Kubeflow's training operator does with the PyTorchJob that Flyte creates: its pods, processes of this machine.
+
+Imitates v1.9.0, pkg/controller.v1/pytorch: envvar.go and elastic.go, whose variables are written down here, and
+master.go. What differs: every pod has this machine's address, and the port is a free one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from propeller import Attempt, values_of
+
+from kfpytorch_ray.cluster.kube.flyte_pytorchjob import pytorch_job
+
+HOST = "localhost"
+DEADLINE_S = 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A pod that has ended.
+
+    Attributes:
+        name: Without the job's.
+        exit_code: Of its container.
+        log: What that printed.
+    """
+
+    name: str
+    exit_code: int
+    log: str
+
+
+def run_pods(attempt: Attempt, image: Mapping[str, str], folder: Path) -> dict[str, Ended]:
+    """Run all pods of an attempt at once, and wait for their ends.
+
+    Args:
+        attempt: Of a task of type ``pytorch``.
+        image: Variables that the image sets.
+        folder: Each pod's working directory and temporary files are in it.
+    """
+    running = []
+    for name, args, variables in _pods(pytorch_job(attempt.template, attempt.execution)):
+        own = folder / name
+        (own / "tmp").mkdir(parents=True)
+        env = {**_clean(), "TMPDIR": str(own / "tmp"), **image, **variables}
+        with (own / "log").open("wb") as log:
+            process = subprocess.Popen(args, cwd=own, env=env, stdout=log, stderr=subprocess.STDOUT)
+        running.append((name, process, own / "log"))
+    ended = {}
+    try:
+        for name, process, log in running:
+            ended[name] = Ended(name, process.wait(DEADLINE_S), log.read_text())
+            print(f"--- {name}: {ended[name].exit_code}\n{ended[name].log}")
+    finally:
+        for _, process, _ in running:
+            process.kill()
+            process.wait()
+    return ended
+
+
+def _pods(job: Mapping[str, Any]) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """Name, command and variables of each."""
+    spec = job["spec"]
+    replicas = spec["pytorchReplicaSpecs"]
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    world_size = sum(replica["replicas"] for replica in replicas.values())
+    for kind, replica in replicas.items():
+        (container,) = replica["template"]["spec"]["containers"]
+        for index in range(replica["replicas"]):
+            variables = {**values_of(container["env"]), "PYTHONUNBUFFERED": "1"}
+            if any(one["name"] == "_F_WN" for one in container["env"]):
+                variables["_F_WN"] = f"{job['metadata']['name']}-{kind.lower()}-{index}"
+            if "Master" in replicas:
+                variables |= _of_a_replica(index + (kind == "Worker"), world_size, port)
+            if "elasticPolicy" in spec:
+                variables |= _of_an_elastic_worker(spec["elasticPolicy"], port)
+            yield f"{kind.lower()}-{index}", [*container.get("command", ()), *container["args"]], variables
+
+
+def _of_a_replica(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "PET_MASTER_ADDR": HOST,
+        "PET_MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+        "RANK": str(rank),
+        "PET_NODE_RANK": str(rank),
+        "PET_NNODES": str(world_size),
+    }
+
+
+def _of_an_elastic_worker(policy: Mapping[str, Any], port: int) -> dict[str, str]:
+    return {
+        "PET_RDZV_ENDPOINT": f"{HOST}:{port}",
+        "PET_RDZV_BACKEND": policy["rdzvBackend"],
+        "PET_NNODES": f"{policy['minReplicas']}:{policy['maxReplicas']}",
+        "PET_MAX_RESTARTS": str(policy["maxRestarts"]),
+        "PET_NPROC_PER_NODE": str(policy["nProcPerNode"]),
+    }
+
+
+def _clean() -> dict[str, str]:
+    """This machine's variables, where they are not of these tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "KFPYTORCH_RAY_"))}
+    return {**kept, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}

@@ -1,0 +1,102 @@
+"""PyTorchJobs by Flyte: the command that flytekit registers runs in each pod, under the operator's variables.
+
+Pods share this machine's network here; that they find each other by name on a cluster's is not tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flyteidl.core import errors_pb2, execution_pb2
+from flytekit import map_task
+from in_image import on_pytorchjob
+from propeller import Attempt
+from pytorch_job_pods import Ended, run_pods
+
+Attempts = Callable[..., Attempt]
+IGNORED = "IgnoreOutputs received"
+"""What flytekit says in a pod whose outputs do not count."""
+
+
+def exit_codes(ended: dict[str, Ended]) -> dict[str, int]:
+    return {name: pod.exit_code for name, pod in ended.items()}
+
+
+def test_one_pod_writes_value_and_deck(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:
+    """That with rank 0, whichever it is; the other one leaves nothing, and both succeed."""
+    one = attempt(on_pytorchjob.report)
+    one.write_inputs(base=10)
+    ended = run_pods(one, image, tmp_path)
+    assert exit_codes(ended) == {"worker-0": 0, "worker-1": 0}
+    assert sum(IGNORED in pod.log for pod in ended.values()) == 1
+    assert one.error() is None
+    assert one.outputs() == {
+        "o0": {
+            "sum": "21",
+            "execution": "execution",
+            "raw": f"{one.execution.output_prefix}/raw",
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "OF_THE_TASK": "yes",
+            "FLYTE_INTERNAL_EXECUTION_ID": "execution",
+            "FLYTE_ATTEMPT_NUMBER": "0",
+        }
+    }
+    assert "drawn by rank 0" in one.deck()
+    assert "drawn by rank 1" not in one.deck()
+
+
+def test_a_task_without_outputs(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:
+    """An empty outputs.pb of one pod, and no error."""
+    one = attempt(on_pytorchjob.leave_note)
+    one.write_inputs(folder=str(tmp_path))
+    ended = run_pods(one, image, tmp_path)
+    assert exit_codes(ended) == {"worker-0": 0, "worker-1": 0}
+    assert {path.name for path in tmp_path.glob("rank-*")} == {"rank-0", "rank-1"}
+    assert one.outputs() == {}
+    assert one.error() is None
+
+
+def test_the_users_error_is_told(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:
+    """Exit code 0 of all, as Flyte needs it to read the error."""
+    one = attempt(on_pytorchjob.fail)
+    one.write_inputs(message="no such column: 'price'", rank="0")
+    ended = run_pods(one, image, tmp_path)
+    assert exit_codes(ended) == {"worker-0": 0, "worker-1": 0}
+    assert one.outputs() is None
+    error = one.error()
+    assert error.kind == errors_pb2.ContainerError.NON_RECOVERABLE
+    assert error.origin == execution_pb2.ExecutionError.USER
+
+
+def test_a_map_runs_the_task_for_each_input(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:
+    """An element's pods take its own of the inputs, and one of them leaves its output."""
+    element = attempt(map_task(on_pytorchjob.total), index=1)
+    element.write_inputs(base=[0, 100])
+    assert exit_codes(run_pods(element, image, tmp_path)) == {"worker-0": 0, "worker-1": 0}
+    assert element.outputs() == {"o0": 201}
+
+
+def test_replicas_are_called_as_they_are(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:
+    """A ``PyTorch`` job: the master and its workers each call the function once, under the operator's ranks."""
+    one = attempt(on_pytorchjob.total_of_replicas)
+    one.write_inputs(base=10)
+    assert exit_codes(run_pods(one, image, tmp_path)) == {"master-0": 0, "worker-0": 0}
+    assert one.outputs() == {"o0": 21}
+    assert one.error() is None
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_gathered_errors_tell_the_first_one(
+    attempt: Attempts, image: dict[str, str], tmp_path: Path, rank: str
+) -> None:
+    """With Flyte's aggregation of errors every pod writes a file of its own, and the earliest is the user's."""
+    one = attempt(on_pytorchjob.fail)
+    one.write_inputs(message="no such column: 'price'", rank=rank)
+    ended = run_pods(one, {**image, "_F_DES": "EARLIEST"}, tmp_path)
+    assert exit_codes(ended) == {"worker-0": 0, "worker-1": 0}
+    errors = [one.error(path.name) for path in one.folder.glob("error-*.pb")]
+    earliest = min(errors, key=lambda error: error.timestamp.ToNanoseconds())
+    assert "no such column: 'price'" in earliest.message
