@@ -21,6 +21,8 @@ _NUMBER = re.compile(r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?)(e[-+]?[0-9_]+)?
 _BOOLEANS = frozenset({"y", "n"})
 """Of go-yaml, in any case, beside those that PyYAML knows of."""
 
+_OTHER_LINE_ENDS = frozenset("\x85\u2028\u2029")
+
 
 def as_yaml(manifests: Sequence[Mapping[str, Any]]) -> str:
     """YAML documents, with ``---`` between them; neither aliases nor folded lines."""
@@ -52,7 +54,10 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc] # PyYAML ships no py.typed
 
 def _write_text(dumper: _Dumper, value: str) -> Any:
     style = None
-    if "\n" in value and not value[0].isspace():
+    if _OTHER_LINE_ENDS.intersection(value):
+        # Elsewhere they would be read as line ends, and be lost.
+        style = '"'
+    elif "\n" in value and not value[0].isspace():
         style = "|"
     elif _NUMBER.fullmatch(value) or value.lower() in _BOOLEANS:
         style = "'"
