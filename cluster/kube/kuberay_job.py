@@ -88,13 +88,14 @@ class KubeRayJob:
             (self._head, *_) = heads
         if self._head in heads:
             return False
-        # The watches of job and pods are two: the job may be over, or be taken back by a queue.
+        # The watches of job and pods are two: the job may be over, taken back by a queue, or tried again.
         now = self._namespace.get(RAY_JOB, self._name)
         return (
             now is not None
             and "deletionTimestamp" not in now["metadata"]
             and not (now.get("spec") or {}).get("suspend")
             and (now.get("status") or {}).get("jobDeploymentStatus") == "Running"
+            and _cluster_of(now) == cluster
         )
 
     def _lost_head(self) -> JobState:

@@ -9,7 +9,7 @@ import pytest
 
 from kfpytorch_ray.cluster.kube import driver
 from kfpytorch_ray.cluster.remote.outcome import read_record, write_failure
-from kfpytorch_ray.errors import IntegrityError, RunLostError, RunStoppedError
+from kfpytorch_ray.errors import RunLostError, RunStoppedError, StorageError
 from kfpytorch_ray.runs import DRIVER, MANIFEST, Outcome, read_outcome
 from kfpytorch_ray.storage import Storage
 
@@ -53,7 +53,7 @@ def test_another_cluster_is_another_try(folder: Storage, monkeypatch: pytest.Mon
     folder.write(DRIVER, b"c-1")
     assert "has no request" in started(folder, "c-2", monkeypatch, capfd)[1]
     assert folder.read(DRIVER) == b"c-2"
-    assert isinstance(read_record(folder, outcome_of(folder)).error, IntegrityError)
+    assert isinstance(read_record(folder, outcome_of(folder)).error, StorageError)
 
 
 def test_a_run_that_is_over_is_not_begun_again(folder: Storage, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
