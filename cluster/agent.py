@@ -26,6 +26,8 @@ from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
 from kfpytorch_ray.cluster.protocol import (
     AgentSetup,
+    BeginLaunch,
+    EndLaunch,
     Failed,
     Failing,
     NodePulse,
@@ -63,8 +65,10 @@ _LOAD_S = 900.0
 class ElasticAgent:
     """One per node. Methods may be called from several threads; one request runs at a time, and may be stopped.
 
+    An agent may serve several launches, one after the other: ``load`` begins each, and ``rest`` ends all but the last.
+
     Args:
-        setup: What holds for all rounds.
+        setup: What holds for all rounds of the first launch, and what of it holds for all launches.
         address: The address that Ray knows for this node.
     """
 
@@ -100,7 +104,7 @@ class ElasticAgent:
         os.environ[MARK_VARIABLE] = value
         fork_server = ForkServer(preload, str(self._folder))
         given = SupervisorSetup(
-            setup=setup,
+            nproc_per_node=setup.nproc_per_node,
             address=address,
             folder=str(self._folder),
             payload=str(self._payload),
@@ -122,20 +126,20 @@ class ElasticAgent:
             if not self._answered_at:
                 self._page.extend_lease(_now() + _LOAD_S)
 
-    def load(self, payload: bytes) -> None:
-        """Take the pickled call, once for all rounds, and wait until the fork server is warm.
+    def load(self, setup: AgentSetup, payload: bytes) -> None:
+        """Begin a launch: take the pickled call, once for all rounds, and wait until the fork server is warm.
 
         From now on this agent has to hear from its controller, which counts on it from when it has this answer.
         """
-        if hashlib.sha256(payload).hexdigest() != self._setup.payload_sha256:
+        if hashlib.sha256(payload).hexdigest() != setup.payload_sha256:
             msg = "the payload differs from the one that the driver sent"
             raise ValueError(msg)
         self._payload.write_bytes(payload)
-        with self._asking:
-            ready = self._await_ready()
-        if ready.missing:
-            logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
+        self._ask(BeginLaunch(setup))
         with self._turning:
+            self._setup = setup
+            self._failing = defaultdict(threading.Event)
+            self._failed = set()
             self._answered_at = _now()
             # No later than this: it may have been longer so far.
             self._page.extend_lease(self._answered_at + self._setup.silence_timeout_s)
@@ -161,26 +165,32 @@ class ElasticAgent:
         report: NodeReport = finished.report
         return report
 
-    def wait_for_failure(self, round_index: int) -> bool:
+    def wait_for_failure(self, launch_id: str, round_index: int) -> bool:
         """Return when a rank of this node fails in this round, or the round ends here; whether one failed.
 
         ``run_round`` returns only when all ranks have been stopped, which may take the whole grace. Other nodes are
         not to wait for that.
         """
-        self._failing[round_index].wait()
-        return round_index in self._failed
+        with self._turning:
+            if self._setup.launch_id != launch_id:
+                return False
+            failing, failed = self._failing[round_index], self._failed
+        failing.wait()
+        return round_index in failed
 
-    def stop_round(self, round_index: int, hung: bool = False) -> None:
+    def stop_round(self, launch_id: str, round_index: int, hung: bool = False) -> None:
         """End a round if it still runs, or will start; returns at once, ``run_round`` returns when it is over.
 
         Args:
+            launch_id: Of the launch; nothing happens if it is over.
             round_index: The round, and any before it.
             hung: Whether its ranks have hung: then their stacks are taken first, and kept in their records.
         """
-        with contextlib.suppress(OSError), self._sending:
-            self._connection.send(StopRound(round_index, hung))
+        with self._turning:
+            if self._setup.launch_id == launch_id:
+                self._order_stop(round_index, hung)
 
-    def request_stop(self, round_index: int) -> bool:
+    def request_stop(self, launch_id: str, round_index: int) -> bool:
         """Have ``kfpytorch_ray.stop_requested()`` answer True to the workers of a round, if it runs here.
 
         Returns:
@@ -188,7 +198,7 @@ class ElasticAgent:
         """
         # A round may end meanwhile, but no other begins.
         with self._turning:
-            if self._round != round_index or self._page.round_index != round_index:
+            if self._setup.launch_id != launch_id or not self._round == self._page.round_index == round_index:
                 return False
             self._page.request_stop()
             return self._listening()
@@ -219,6 +229,21 @@ class ElasticAgent:
         self._drop_results()
         return (True, *results)
 
+    def rest(self, lease_s: float) -> tuple[str, ...]:
+        """End a launch whose rounds are over, and stay warm for another: pass on the last log lines, remove its files.
+
+        Args:
+            lease_s: Seconds after which this agent ends if no launch begins. No pulse is taken meanwhile.
+
+        Returns:
+            As ``shutdown``.
+        """
+        marks: tuple[str, ...] = self._ask(EndLaunch())
+        self._drop_results()
+        self._payload.unlink(missing_ok=True)
+        self._extend_lease(_now() + lease_s)
+        return marks
+
     def shutdown(self) -> tuple[str, ...]:
         """End a running round, wait until its workers are gone, pass on the last log lines and remove all files.
 
@@ -227,7 +252,7 @@ class ElasticAgent:
         """
         # No pulse may come any more, and the workers have their grace.
         self._extend_lease(_now() + self._setup.stop_grace_s + self._setup.silence_timeout_s)
-        self.stop_round(_EVERY_ROUND)
+        self._order_stop(_EVERY_ROUND)
         # What a supervisor leaves that has died was killed when that was noticed.
         marks: tuple[str, ...] = ()
         with contextlib.suppress(SupervisorLostError):
@@ -244,6 +269,10 @@ class ElasticAgent:
     @property
     def _payload(self) -> Path:
         return self._folder / "payload"
+
+    def _order_stop(self, round_index: int, hung: bool = False) -> None:
+        with contextlib.suppress(OSError), self._sending:
+            self._connection.send(StopRound(round_index, hung))
 
     def _note_failure(self, round_index: int) -> None:
         self._failed.add(round_index)
@@ -271,12 +300,13 @@ class ElasticAgent:
                 answer = self._answer()
             return answer
 
-    def _await_ready(self) -> Ready:
+    def _await_ready(self) -> None:
         """The supervisor's first word, which comes unasked; whoever asks first takes it."""
         if self._ready is None:
             ready: Ready = self._answer()
             self._ready = ready
-        return self._ready
+            if ready.missing:
+                logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
 
     def _answer(self) -> Any:
         try:

@@ -1,7 +1,7 @@
 """Which agents a launch has: started where nodes are reserved, watched, given up, replaced.
 
 Lives in the driver. The controller asks for the agents that are ready, and tells which of them it lost; how many are
-enough, and what a loss costs, is not decided here.
+enough, and what a loss costs, is not decided here. One launch may follow another on the same agents.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Member:
         handle: The actor.
         started: Becomes ready when the agent has loaded everything.
         ready: Whether it has.
+        rested: Whether it has served a launch before this one.
         lost_because: Why it is no member any more.
     """
 
@@ -60,6 +61,7 @@ class Member:
     handle: Any
     started: Any
     ready: bool = False
+    rested: bool = False
     lost_because: str = ""
 
 
@@ -71,7 +73,8 @@ class Loss:
         address: Of its node.
         reason: What is known.
         charged: Whether it counts against ``max_node_failures``. Not one on a node that is being drained, or that was
-            not up yet and not needed, or that gave up this process because it stood still.
+            not up yet and not needed, or that gave up this process because it stood still, or was gone when this launch
+            began.
     """
 
     address: str
@@ -92,32 +95,66 @@ class _Notices:
 
 
 class Membership:
-    """The agents of one launch.
+    """The agents of one launch, or of several one after the other: ``begin``, ``rest``, ``begin``, ..., ``end``.
 
     Args:
         reservation: Where they may run.
-        setup: What each is given.
-        payload: A reference to the pickled call.
         min_nodes: As many agents are needed.
-        delivery: Of what their ranks print.
+        silence_timeout_s: Seconds without an answer after which an agent is given up.
     """
 
-    def __init__(
-        self, reservation: Reservation, setup: AgentSetup, payload: Any, min_nodes: int, delivery: Delivery
-    ) -> None:
+    _setup: AgentSetup
+    _payload: Any
+    _delivery: Delivery
+    _pulse: Pulse
+
+    def __init__(self, reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> None:
         self._reservation = reservation
-        self._setup = setup
-        self._payload = payload
         self._min_nodes = min_nodes
-        self._delivery = delivery
+        self._silence_timeout_s = silence_timeout_s
         self.settled = False
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
         self._numbers = itertools.count()
-        self._pulse = Pulse(setup.silence_timeout_s)
         self._notices = _Notices()
         self._losses: list[Loss] = []
         self._looked_at = float("-inf")
+
+    def begin(self, setup: AgentSetup, payload: bytes, delivery: Delivery) -> None:
+        """Begin a launch; agents that are there are given it, others are started by ``refresh``.
+
+        Args:
+            setup: What each is given.
+            payload: The pickled call.
+            delivery: Of what their ranks print.
+        """
+        self._setup = setup
+        self._payload = ray.put(payload)
+        self._delivery = delivery
+        self._pulse = Pulse(self._silence_timeout_s)
+        self._losses = []
+        for member in self._members.values():
+            member.ready, member.rested = False, True
+            member.started = self._load(member.handle)
+
+    def rest(self, keep_s: float) -> bool:
+        """End a launch whose rounds are over, and keep its agents for another one.
+
+        Args:
+            keep_s: Seconds after which they end by themselves.
+
+        Returns:
+            Whether all are there, so that it is worth it. They end with ``end`` in any case.
+        """
+        self._pulse.close()
+        members = [*self._members.values()]
+        if not all(member.ready for member in members) or not self._reservation.rest():
+            return False
+        resting = {member.handle.rest.remote(keep_s): member for member in members}
+        rested, _ = ray.wait(list(resting), num_returns=len(resting), timeout=_END_WAIT_S)
+        marks = {ref: _marks(ref) for ref in rested}
+        self._await_output({mark: resting[ref].address for ref, said in marks.items() for mark in said or ()})
+        return len(rested) == len(members) and None not in marks.values()
 
     def refresh(self, *, now: bool = False) -> None:
         """Start agents where nodes were placed, take in those that are ready, give up those that are gone.
@@ -148,6 +185,10 @@ class Membership:
             if member.ready and member.slot.node_id not in self._notices.draining
         ]
 
+    def nodes(self) -> set[str]:
+        """Ray's ids of the nodes that agents are on."""
+        return {member.slot.node_id for member in self._members.values()}
+
     def starting(self) -> bool:
         """Whether an agent is on its way."""
         return any(not member.ready for member in self._members.values())
@@ -173,14 +214,14 @@ class Membership:
         draining = node in self._notices.draining or node in draining_nodes()
         preempted = draining or getattr(error, "preempted", False)
         # Nor is a node tried again and again on which an agent does not come up.
-        shunned = silent or not member.ready
+        shunned = silent or not (member.ready or member.rested)
         if shunned:
             self._notices.shunned_until[node] = time.monotonic() + _SHUN_S
         self._drop(member, gone=shunned or draining or not alive)
         if not member.ready and not alive:
             # It takes nothing with its node.
             return
-        needed = member.ready or len(self.ready()) < self._min_nodes
+        needed = member.ready or (len(self.ready()) < self._min_nodes and not member.rested)
         charged = needed and not preempted and not self._pulse.stood_still
         # Ray's messages are lists over many lines.
         member.lost_because = " ".join(str(error).split())
@@ -220,7 +261,7 @@ class Membership:
             if endings := {member.handle.shutdown.remote(): member for member in members}:
                 timeout_s = self._setup.stop_grace_s + _END_WAIT_S
                 ended, _ = ray.wait(list(endings), num_returns=len(endings), timeout=timeout_s)
-                self._await_output({mark: endings[ref].address for ref in ended for mark in _marks(ref)})
+                self._await_output({mark: endings[ref].address for ref in ended for mark in _marks(ref) or ()})
         finally:
             for member in members:
                 _kill(member.handle)
@@ -247,7 +288,10 @@ class Membership:
         )
         handle: Any = actor.remote(self._setup, address)
         handle.expect_load.remote()
-        return Member(next(self._numbers), slot, address, handle, handle.load.remote(self._payload))
+        return Member(next(self._numbers), slot, address, handle, self._load(handle))
+
+    def _load(self, handle: Any) -> Any:
+        return handle.load.remote(self._setup, self._payload)
 
     def _take_in(self) -> None:
         starting = {member.started: member for member in self._members.values() if not member.ready}
@@ -307,31 +351,21 @@ class Membership:
 
 
 @contextmanager
-def agents_on(
-    reservation: Reservation, setup: AgentSetup, payload: bytes, min_nodes: int, delivery: Delivery
-) -> Iterator[Membership]:
-    """Have agents wherever nodes are reserved; they and their workers end with the context.
-
-    Args:
-        reservation: Where they may run.
-        setup: What each is given.
-        payload: The pickled call.
-        min_nodes: As many are needed.
-        delivery: Of what their ranks print.
-    """
-    membership = Membership(reservation, setup, ray.put(payload), min_nodes, delivery)
+def agents_on(reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> Iterator[Membership]:
+    """Have agents wherever nodes are reserved; they and their workers end with the context. As ``Membership``."""
+    membership = Membership(reservation, min_nodes, silence_timeout_s)
     try:
         yield membership
     finally:
         membership.end()
 
 
-def _marks(ref: Any) -> tuple[str, ...]:
-    """What an agent has answered to its end; one that is gone is not waited for."""
+def _marks(ref: Any) -> tuple[str, ...] | None:
+    """What an agent has answered to the end of a launch; None of one that is gone, which is not waited for."""
     try:
         marks: tuple[str, ...] = ray.get(ref)
-    except RayError:
-        return ()
+    except (RayError, SupervisorLostError):
+        return None
     return marks
 
 

@@ -14,7 +14,7 @@ from kfpytorch_ray.results import RankRecord, Stage
 
 @dataclass(frozen=True, slots=True)
 class AgentSetup:
-    """What an agent needs once, before its first round.
+    """What an agent needs once for a launch, before its first round.
 
     Attributes:
         name: Of the launch, for people.
@@ -35,6 +35,7 @@ class AgentSetup:
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         silence_timeout_s: Seconds without a pulse of the controller after which the agent and its workers end.
         output_token: Part of the marks behind what ranks print; empty: nobody waits for them, and there are none.
+        launch_id: Another one for every launch, so that an order which comes late stops no round of the next launch.
     """
 
     name: str
@@ -53,6 +54,17 @@ class AgentSetup:
     stop_grace_s: float
     silence_timeout_s: float
     output_token: str = ""
+    launch_id: str = ""
+
+    def same_agent(self, other: AgentSetup) -> bool:
+        """Whether the agents of one launch can serve the other.
+
+        What modules may have read while they were imported, and what agents were built for, has to be the same.
+        """
+        ours, theirs = (
+            (one.nproc_per_node, one.environment, one.preload, one.silence_timeout_s) for one in (self, other)
+        )
+        return ours == theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +174,7 @@ class SupervisorSetup:
     """What an agent gives its supervisor process.
 
     Attributes:
-        setup: The agent's own.
+        nproc_per_node: Workers of this agent.
         address: The address that Ray knows for this node.
         folder: For logs and error files.
         payload: File with the pickled call.
@@ -170,7 +182,7 @@ class SupervisorSetup:
         preload: Modules that the fork server should have imported.
     """
 
-    setup: AgentSetup
+    nproc_per_node: int
     address: str
     folder: str
     payload: str
@@ -183,6 +195,18 @@ class Ready:
     """First word of a supervisor: the fork server is warm, but for these modules."""
 
     missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginLaunch:
+    """Comes before the rounds of a launch; answered with None. No order of the launch before counts any more."""
+
+    setup: AgentSetup
+
+
+@dataclass(frozen=True, slots=True)
+class EndLaunch:
+    """Asks for the last log lines to be passed on, and for its files to be removed; answered as ``Shutdown``."""
 
 
 @dataclass(frozen=True, slots=True)

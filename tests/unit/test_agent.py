@@ -41,6 +41,7 @@ from kfpytorch_ray.testing import wait_until
 from kfpytorch_ray.testing.processes import all_processes
 from kfpytorch_ray.testing.processes import is_running as runs
 
+LAUNCH = "one"
 ADDRESS = "127.0.0.1"
 
 until = partial(wait_until, what="what the test asks for", timeout_s=60)
@@ -202,6 +203,7 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
         "monitor_interval_s": 60.0,
         "stop_grace_s": 1.0,
         "silence_timeout_s": 3600.0,
+        "launch_id": LAUNCH,
     }
     ours, theirs = Pipe()
     process = subprocess.Popen(
@@ -214,8 +216,9 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
     listener = threading.Thread(target=agent.listen, daemon=True)
     listener.start()
     try:
-        ours.send(AgentSetup(**{**settings, **changes}))
-        agent.call("load", payload)
+        setup = AgentSetup(**{**settings, **changes})
+        ours.send(setup)
+        agent.call("load", setup, payload)
         assert len(agent.folders()) == 2
         yield agent
     finally:
@@ -268,12 +271,12 @@ def test_a_rank_that_leaves_when_it_is_asked_to_has_not_succeeded(agent: Agent) 
     """
     index, ending = agent.start_round(listening, "say('deaf', ''); return 'done'")
     agent.said("asked-0")
-    assert not agent.call("request_stop", index + 1)
-    assert agent.call("request_stop", index)
+    assert not agent.call("request_stop", LAUNCH, index + 1)
+    assert agent.call("request_stop", LAUNCH, index)
     early, done = ending.result(60).ranks
     assert (early.outcome, early.message) == (Outcome.STOPPED, "left after it was asked to stop")
     assert done.outcome is Outcome.SUCCEEDED
-    assert not agent.call("request_stop", index)
+    assert not agent.call("request_stop", LAUNCH, index)
 
 
 def test_nobody_listens_who_has_not_asked(agent: Agent) -> None:
@@ -281,8 +284,8 @@ def test_nobody_listens_who_has_not_asked(agent: Agent) -> None:
     index, ending = agent.start_round(f"say('up-0', ''); {FOREVER}", f"say('up-1', ''); {FOREVER}")
     agent.said("up-0")
     agent.said("up-1")
-    assert not agent.call("request_stop", index)
-    agent.call("stop_round", index)
+    assert not agent.call("request_stop", LAUNCH, index)
+    agent.call("stop_round", LAUNCH, index)
     assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
 
 
@@ -294,12 +297,12 @@ def test_a_pulse_is_answered_while_everything_else_waits(agent: Agent) -> None:
         f"kfpytorch_ray.stop_requested(); say('pulse', ''); {FOREVER}",
         "while time.sleep(0.01) is None: kfpytorch_ray.progress(1)",
     )
-    failure = agent.start("wait_for_failure", index)
+    failure = agent.start("wait_for_failure", LAUNCH, index)
     agent.said("pulse")
     busy: NodePulse = agent.call("pulse")
     assert (busy.round_index, busy.listening) == (index, True)
     assert busy.idle_s < 60
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
     assert failure.result(60) is False
 
@@ -338,7 +341,7 @@ def test_the_stacks_of_ranks_that_hang_are_kept(agent: Agent) -> None:
         """,
     )
     agent.said("hung-1")
-    agent.call("stop_round", index, True)
+    agent.call("stop_round", LAUNCH, index, True)
     one, other = ending.result(60).ranks
     assert (one.outcome, other.outcome) == (Outcome.HUNG, Outcome.HUNG)
     assert one.message.startswith("made no progress for ")
@@ -355,7 +358,7 @@ def test_who_ended_before_a_hang_was_noticed_keeps_that_end(agent: Agent) -> Non
     index, ending = agent.start_round("say('gone', os.getpid()); return None", f"say('left', ''); {FOREVER}")
     agent.said("left")
     until(lambda: not runs(int(agent.said("gone"))))
-    agent.call("stop_round", index, True)
+    agent.call("stop_round", LAUNCH, index, True)
     one, other = ending.result(60).ranks
     assert (one.outcome, one.stacks) == (Outcome.SUCCEEDED, "")
     assert other.outcome is Outcome.HUNG
@@ -366,7 +369,7 @@ def test_a_round_that_is_stopped_before_it_starts_has_no_workers(agent: Agent) -
     """Orders cross; the page shows no round afterwards."""
     index = next(agent.rounds)
     agent.rounds = itertools.count(index)
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     _, ending = agent.start_round("say('never', '')", "say('never', '')")
     assert {rank.message for rank in ending.result(60).ranks} == {"stopped before it started"}
     assert agent.call("pulse").round_index is None
@@ -386,7 +389,7 @@ def test_who_is_stopped_can_ask_whether_it_is(agent: Agent) -> None:
     index, ending = agent.start_round(polite, polite)
     agent.said("polite-0")
     agent.said("polite-1")
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     assert {(rank.outcome, rank.exit_code) for rank in ending.result(60).ranks} == {(Outcome.STOPPED, 0)}
     assert (agent.said("handled-0"), agent.said("handled-1")) == ("True", "True")
 
@@ -429,7 +432,7 @@ def test_a_rank_that_is_held_is_stopped_too(agent: Agent) -> None:
     index, ending = agent.start_round("say('held', os.getpid()); os.kill(os.getpid(), signal.SIGSTOP)", FOREVER)
     held = int(agent.said("held"))
     until(lambda: stat(held)[0] == "T")
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     assert [rank.exit_code for rank in ending.result(60).ranks] == [-signal.SIGTERM, -signal.SIGTERM]
 
 
