@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING, Any
 from kfpytorch_ray.cluster.environment import node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
+from kfpytorch_ray.cluster.log_archive import LogArchive
+from kfpytorch_ray.cluster.output import LOGS, SPOOL
+from kfpytorch_ray.cluster.output_spool import Cursor, OutputChunk, OutputSource
 from kfpytorch_ray.cluster.protocol import (
     AgentSetup,
     Failed,
@@ -94,7 +97,11 @@ class ElasticAgent:
         start_guardian(self._mark)
         for folder in self._folders:
             os.mkdir(folder, 0o700)
+        for name in (LOGS, SPOOL):
+            os.mkdir(self._folder / name)
         self._page = HeartbeatPage.create(self._folder / PAGE_NAME, setup.nproc_per_node)
+        self._output = OutputSource(self._folder / SPOOL)
+        self._archive = LogArchive(self._folder / LOGS, setup.log_archive)
 
         preload = (*PRELOAD, *setup.preload)
         os.environ[MARK_VARIABLE] = value
@@ -219,23 +226,31 @@ class ElasticAgent:
         self._drop_results()
         return (True, *results)
 
-    def shutdown(self) -> tuple[str, ...]:
-        """End a running round, wait until its workers are gone, pass on the last log lines and remove all files.
+    def read_output(self, cursor: Cursor, wait_s: float) -> OutputChunk:
+        """Lines for the driver, as soon as there are some, or after ``wait_s``."""
+        return self._output.read(cursor, wait_s)
 
-        Returns:
-            The marks behind the last lines (kfpytorch_ray.cluster.output); none where nothing was printed.
+    def shutdown(self) -> None:
+        """End a running round, wait until its workers are gone, and keep the logs where they are to be kept.
+
+        What is left of the output can still be read; ``remove_files()`` is the end.
         """
         # No pulse may come any more, and the workers have their grace.
         self._extend_lease(_now() + self._setup.stop_grace_s + self._setup.silence_timeout_s)
         self.stop_round(_EVERY_ROUND)
         # What a supervisor leaves that has died was killed when that was noticed.
-        marks: tuple[str, ...] = ()
-        with contextlib.suppress(SupervisorLostError):
-            marks = self._ask(Shutdown())
-            self._supervisor.join()
+        try:
+            with contextlib.suppress(SupervisorLostError):
+                self._ask(Shutdown())
+                self._supervisor.join()
+        finally:
+            self._output.end()
+        self._archive.finish()
+
+    def remove_files(self) -> None:
+        """Remove all files."""
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
-        return marks
 
     @property
     def _folders(self) -> tuple[str, ...]:

@@ -14,14 +14,17 @@ from typing import Any
 
 from kfpytorch_ray.cluster.connect import connected
 from kfpytorch_ray.cluster.controller import Controller
-from kfpytorch_ray.cluster.delivery import delivery
 from kfpytorch_ray.cluster.environment import one_thread_each
+from kfpytorch_ray.cluster.failures import kept_logs
 from kfpytorch_ray.cluster.interruption import interruptible
+from kfpytorch_ray.cluster.log_archive import with_logs
 from kfpytorch_ray.cluster.membership import agents_on
 from kfpytorch_ray.cluster.placement import driver_address, reserved
 from kfpytorch_ray.cluster.protocol import AgentSetup
 from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.errors import LaunchError
+from kfpytorch_ray.notices import show
 from kfpytorch_ray.results import RoundRecord
 
 
@@ -52,6 +55,16 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
         PlacementError: The nodes cannot be had.
         LaunchError: A rank or a node failed.
     """
+    launch = request.setup
+    try:
+        return _run(request, options, home)
+    except LaunchError as error:
+        rounds = with_logs(error.rounds, launch.log_archive)
+        error.add(kept_logs(rounds, launch.log_archive), rounds)
+        raise
+
+
+def _run(request: RayRequest, options: RayBackend, home: bool) -> Launched:
     demand, launch = request.demand, request.setup
     with (
         connected(options, demand.total(demand.max_nodes)) as private,
@@ -59,18 +72,13 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
         reserved(
             demand, name=launch.name, run_id=launch.run_id, private=private, autoscaling=options.autoscaling
         ) as reservation,
-        delivery() as output,
         agents_on(
-            reservation,
-            setup := replace(_joined(request, private, home), output_token=output.token),
-            request.payload,
-            demand.min_nodes,
-            output,
+            reservation, setup := _joined(request, private, home), request.payload, demand.min_nodes, show
         ) as membership,
     ):
-        controller = Controller(membership, setup, request.limits)
+        controller = Controller(membership, setup, request.limits, show)
         refs = controller.run()
-    return Launched(refs, controller.rounds)
+    return Launched(refs, with_logs(controller.rounds, setup.log_archive))
 
 
 def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:

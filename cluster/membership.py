@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,17 +21,19 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kfpytorch_ray.cluster.agent import ElasticAgent
-from kfpytorch_ray.cluster.delivery import Delivery
+from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
 from kfpytorch_ray.cluster.pulse import Pulse
+from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
 from kfpytorch_ray.errors import LaunchError, explain
 
 logger = logging.getLogger(__name__)
 
 _AGENT_THREADS = 8
-"""Calls that an agent answers at once: the round, the wait for its failure, and beside them pulse, stop, shutdown."""
+"""Calls that an agent answers at once: the round, the waits for its failure and for lines, and beside them pulse, stop,
+shutdown."""
 _END_WAIT_S = 30.0
 """Longest wait for an agent to stop its workers and remove its files, beyond the grace."""
 _LOOK_S = 1.0
@@ -99,17 +101,17 @@ class Membership:
         setup: What each is given.
         payload: A reference to the pickled call.
         min_nodes: As many agents are needed.
-        delivery: Of what their ranks print.
+        output: Prints what their ranks print.
     """
 
     def __init__(
-        self, reservation: Reservation, setup: AgentSetup, payload: Any, min_nodes: int, delivery: Delivery
+        self, reservation: Reservation, setup: AgentSetup, payload: Any, min_nodes: int, output: OutputStream
     ) -> None:
         self._reservation = reservation
         self._setup = setup
         self._payload = payload
         self._min_nodes = min_nodes
-        self._delivery = delivery
+        self._output = output
         self.settled = False
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
@@ -219,20 +221,22 @@ class Membership:
             self._pulse.close()
             if endings := {member.handle.shutdown.remote(): member for member in members}:
                 timeout_s = self._setup.stop_grace_s + _END_WAIT_S
+                timeout_s += ARCHIVE_WAIT_S if self._setup.log_archive else 0.0
                 ended, _ = ray.wait(list(endings), num_returns=len(endings), timeout=timeout_s)
-                self._await_output({mark: endings[ref].address for ref in ended for mark in _marks(ref)})
+                self._await_output()
+                if removals := [endings[ref].handle.remove_files.remote() for ref in ended]:
+                    ray.wait(removals, num_returns=len(removals), timeout=_END_WAIT_S)
         finally:
             for member in members:
                 _kill(member.handle)
 
-    def _await_output(self, addresses: Mapping[str, str]) -> None:
-        """Wait for what ranks printed last, by the marks behind it."""
-        if missing := self._delivery.wait(addresses):
+    def _await_output(self) -> None:
+        """Wait until what ranks printed last is printed here."""
+        if missing := self._output.drain():
             logger.warning(
-                "%s: Ray has not brought all lines that were printed last on %s, they may be missing here. They are in "
-                "the files worker-*.out and worker-*.err of Ray's log folder there.",
+                "%s: not all lines that were printed last on %s have come; they may be missing here.",
                 self._setup.name,
-                ", ".join(sorted({addresses[mark] for mark in missing})),
+                ", ".join(sorted(missing)),
             )
 
     def _start(self, slot: Slot, address: str) -> Member:
@@ -268,6 +272,8 @@ class Membership:
             else:
                 member.ready = True
                 self._pulse.watch(member.number, member.handle)
+                if self._setup.logs != "none":
+                    self._output.follow(member.number, member.handle, member.address)
 
     def _hear(self) -> None:
         silent = self._pulse.silent()
@@ -292,6 +298,7 @@ class Membership:
 
     def _drop(self, member: Member, *, gone: bool) -> None:
         self._pulse.forget(member.number)
+        self._output.give_up(member.number)
         del self._members[member.slot.index]
         self._reservation.lost(member.slot.index, gone=gone)
         _kill(member.handle)
@@ -308,7 +315,11 @@ class Membership:
 
 @contextmanager
 def agents_on(
-    reservation: Reservation, setup: AgentSetup, payload: bytes, min_nodes: int, delivery: Delivery
+    reservation: Reservation,
+    setup: AgentSetup,
+    payload: bytes,
+    min_nodes: int,
+    show: Callable[[str, bool], None],
 ) -> Iterator[Membership]:
     """Have agents wherever nodes are reserved; they and their workers end with the context.
 
@@ -317,22 +328,17 @@ def agents_on(
         setup: What each is given.
         payload: The pickled call.
         min_nodes: As many are needed.
-        delivery: Of what their ranks print.
+        show: Takes what their ranks print: whole lines, and whether they are of standard error.
     """
-    membership = Membership(reservation, setup, ray.put(payload), min_nodes, delivery)
+    output = OutputStream(show)
+    membership = Membership(reservation, setup, ray.put(payload), min_nodes, output)
     try:
         yield membership
     finally:
-        membership.end()
-
-
-def _marks(ref: Any) -> tuple[str, ...]:
-    """What an agent has answered to its end; one that is gone is not waited for."""
-    try:
-        marks: tuple[str, ...] = ray.get(ref)
-    except RayError:
-        return ()
-    return marks
+        try:
+            membership.end()
+        finally:
+            output.close()
 
 
 def _kill(handle: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kfpytorch_ray.config import DEFAULT_MAX_LOG_BYTES
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.results import RankRecord, Stage
 
@@ -34,7 +35,9 @@ class AgentSetup:
         monitor_interval_s: Longest time between two looks at the workers.
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         silence_timeout_s: Seconds without a pulse of the controller after which the agent and its workers end.
-        output_token: Part of the marks behind what ranks print; empty: nobody waits for them, and there are none.
+        logs: Whose lines the driver prints: ``"rank0"``, ``"all"`` or ``"none"``.
+        max_log_bytes: Largest file of one rank's lines in one round.
+        log_archive: URI of the folder where these files are kept; empty: nowhere.
     """
 
     name: str
@@ -52,7 +55,9 @@ class AgentSetup:
     monitor_interval_s: float
     stop_grace_s: float
     silence_timeout_s: float
-    output_token: str = ""
+    logs: str = "rank0"
+    max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
+    log_archive: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +210,7 @@ class StopRound:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Asks the supervisor to pass on the last log lines and end; answered with the marks behind them when it has."""
+    """Asks the supervisor to pass on the last log lines and end; answered when it has passed them on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from torch.distributed import TCPStore
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
 from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
 from kfpytorch_ray.cluster.guardian import kill_all, strays
-from kfpytorch_ray.cluster.output import Outlet
+from kfpytorch_ray.cluster.output import LOGS, SPOOL, RoundOutput
+from kfpytorch_ray.cluster.output_spool import OutputSpool
 from kfpytorch_ray.cluster.processes import ForkedWorkers
 from kfpytorch_ray.cluster.protocol import (
     Failed,
@@ -68,7 +69,8 @@ def main(connection: Connection, given: SupervisorSetup) -> None:
             except Exception:  # noqa: BLE001 - the actor raises it where somebody can read it
                 answer = Failed(traceback.format_exc())
             connection.send(answer)
-        connection.send(supervisor.finish_output())
+        supervisor.finish_output()
+        connection.send(True)
 
 
 @dataclass
@@ -83,9 +85,7 @@ class _Supervisor:
     def __post_init__(self) -> None:
         self.page_path = Path(self.given.folder, PAGE_NAME)
         self.page = HeartbeatPage.open(self.page_path)
-        # Where Ray's processes do not write to files, no lines come to the driver, and no marks.
-        token = "" if os.environ.get("RAY_LOG_TO_STDERR") == "1" else self.given.setup.output_token
-        self.outlets = (Outlet(sys.stdout, token), Outlet(sys.stderr, token))
+        self.spool = OutputSpool(Path(self.given.folder, SPOOL))
 
     def answer(self, request: OpenStore | RoundAssignment) -> int | Finished:
         if isinstance(request, OpenStore):
@@ -128,7 +128,14 @@ class _Supervisor:
             stop_ordered=lambda: self._stop_ordered(assignment.round_index),
             failing=lambda: self.connection.send(Failing()),
             page=self.page,
-            outlets=self.outlets,
+            output=RoundOutput(
+                folder=Path(given.folder, LOGS),
+                round_index=assignment.round_index,
+                node_rank=assignment.node_rank,
+                logs=setup.logs,
+                limit_bytes=setup.max_log_bytes,
+                spool=self.spool,
+            ),
         )
         started_at = time.time()
         self.page.start_round(assignment.round_index)
@@ -169,17 +176,10 @@ class _Supervisor:
             stderr=None if agent.workers is None else agent.workers.stderrs[rank],
         )
 
-    def finish_output(self) -> tuple[str, ...]:
-        """Pass on the last lines of the last round; the marks behind them, none where nothing was ever printed."""
+    def finish_output(self) -> None:
+        """Pass on the last lines of the last round."""
         if self.workers is not None:
             self.workers.finish_output(_OUTPUT_WAIT_S)
-        marks: list[str] = []
-        for outlet in self.outlets:
-            # A full disk, most likely: the lines are not there either.
-            with contextlib.suppress(OSError):
-                if (mark := outlet.mark()) is not None:
-                    marks.append(mark)
-        return tuple(marks)
 
     def take(self, order: StopRound) -> None:
         """Remember an order; the round that it is about may not have come yet."""

@@ -21,6 +21,7 @@ from kfpytorch_ray.storage import Storage
 
 OUTPUTS = "outputs"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
 
 
 def relocated(plan: LaunchPlan, storage: Storage, run_id: str) -> LaunchPlan:
@@ -52,6 +53,7 @@ def relocated(plan: LaunchPlan, storage: Storage, run_id: str) -> LaunchPlan:
         checkpoint_dest=destination,
         checkpoint_src=source,
         staged_prefix=inputs.prefix,
+        logs_prefix=flyte.logs_prefix if _is_remote(flyte.raw_output_prefix) else f"{outputs}/{LOGS}",
     )
     return replace(plan, args=args, kwargs=kwargs, flyte=moved)
 

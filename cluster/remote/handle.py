@@ -49,7 +49,7 @@ _SUBMITTING_S = 120.0
 """How long a manifest may be there before its job is, which was not seen yet."""
 _TAIL_LINES = 20
 
-_RANK = re.compile(r"\[rank (\d+)\] ")
+_RANK = re.compile(r"\[rank (\d+)(?: \| node \d+)?\] ")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
