@@ -241,8 +241,11 @@ class RayAdapter:
 
 def _log_archive(folder: str | None, plan: LaunchPlan) -> str:
     """Where ranks' logs are kept; empty: nowhere."""
+    if folder is None or plan.flyte.staged_prefix:
+        # Of a run that is elsewhere, its manifest has said where.
+        return plan.flyte.logs_prefix
     if not folder:
-        return plan.flyte.logs_prefix if folder is None else ""
+        return ""
     # A name of its own for each launch: the same task may run again.
     place = folder.rstrip("/") if "://" in folder else os.path.abspath(folder)
     return f"{place}/{plan.run_id}-{uuid.uuid4().hex[:8]}"

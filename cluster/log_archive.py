@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from kfpytorch_ray.cluster.rank_log import log_name
+from kfpytorch_ray.cluster.rank_log import RANK_FILE, log_name
 from kfpytorch_ray.errors import KfpytorchRayError
 from kfpytorch_ray.results import RoundRecord
 from kfpytorch_ray.storage import CHUNK_BYTES, Storage
@@ -112,3 +112,38 @@ def with_logs(rounds: tuple[RoundRecord, ...], uri: str) -> tuple[RoundRecord, .
         )
         for record in rounds
     )
+
+
+class RankFiles:
+    """The copies of one rank's files, of all rounds, as they grow.
+
+    Args:
+        storage: The folder of all copies.
+        rank: The rank.
+    """
+
+    def __init__(self, storage: Storage, rank: int) -> None:
+        self._storage = storage
+        self._name = RANK_FILE.format(rank=rank)
+        self._read: dict[str, int] = {}
+
+    def new_lines(self, *, last: bool = False) -> Iterator[str]:
+        """Lines that were not there before; the end of a long file only when its round, or with ``last`` all, is over.
+
+        Raises:
+            StorageError: They cannot be read.
+        """
+        for name in sorted(self._storage.files(), key=_in_order):
+            own = name.rpartition("/")[2]
+            if own != self._name and not (last and own.startswith(f"{self._name}.")):
+                continue
+            content = self._storage.read(name) or b""
+            end = len(content) if last else content.rfind(b"\n") + 1
+            start = self._read.get(name, 0)
+            self._read[name] = max(start, end)
+            yield from content[start:end].decode(errors="replace").removesuffix("\n").split("\n") if end > start else ()
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    number = name.partition("/")[0].rpartition("-")[2]
+    return (int(number) if number.isdecimal() else 0), name
