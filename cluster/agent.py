@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING, Any
 from kfpytorch_ray.cluster.environment import node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
+from kfpytorch_ray.cluster.log_archive import LogArchive
+from kfpytorch_ray.cluster.output import LOGS, SPOOL
+from kfpytorch_ray.cluster.output_spool import Cursor, OutputChunk, OutputSource
 from kfpytorch_ray.cluster.protocol import (
     AgentSetup,
     BeginLaunch,
@@ -99,6 +102,7 @@ class ElasticAgent:
         for folder in self._folders:
             os.mkdir(folder, 0o700)
         self._page = HeartbeatPage.create(self._folder / PAGE_NAME, setup.nproc_per_node)
+        self._begin_output(setup)
 
         preload = (*PRELOAD, *setup.preload)
         os.environ[MARK_VARIABLE] = value
@@ -135,7 +139,9 @@ class ElasticAgent:
             msg = "the payload differs from the one that the driver sent"
             raise ValueError(msg)
         self._payload.write_bytes(payload)
-        self._ask(BeginLaunch(setup))
+        if setup.launch_id != self._setup.launch_id:
+            self._begin_output(setup)
+        self._ask(BeginLaunch(setup, str(self._folder_of(setup.launch_id))))
         with self._turning:
             self._setup = setup
             self._failing = defaultdict(threading.Event)
@@ -229,38 +235,52 @@ class ElasticAgent:
         self._drop_results()
         return (True, *results)
 
-    def rest(self, lease_s: float) -> tuple[str, ...]:
-        """End a launch whose rounds are over, and stay warm for another: pass on the last log lines, remove its files.
+    def rest(self, lease_s: float) -> None:
+        """End a launch whose rounds are over, and stay warm for another; keep the logs where they are to be kept.
+
+        What is left of the output can still be read, until ``remove_launch()``.
 
         Args:
             lease_s: Seconds after which this agent ends if no launch begins. No pulse is taken meanwhile.
-
-        Returns:
-            As ``shutdown``.
         """
-        marks: tuple[str, ...] = self._ask(EndLaunch())
+        try:
+            self._ask(EndLaunch())
+        finally:
+            self._output.end()
+        self._archive.finish()
         self._drop_results()
         self._payload.unlink(missing_ok=True)
         self._extend_lease(_now() + lease_s)
-        return marks
 
-    def shutdown(self) -> tuple[str, ...]:
-        """End a running round, wait until its workers are gone, pass on the last log lines and remove all files.
+    def remove_launch(self, launch_id: str) -> None:
+        """Remove the files of a launch that is over."""
+        shutil.rmtree(self._folder_of(launch_id), ignore_errors=True)
 
-        Returns:
-            The marks behind the last lines (kfpytorch_ray.cluster.output); none where nothing was printed.
+    def read_output(self, cursor: Cursor, wait_s: float) -> OutputChunk:
+        """Lines for the driver, as soon as there are some, or after ``wait_s``."""
+        return self._output.read(cursor, wait_s)
+
+    def shutdown(self) -> None:
+        """End a running round, wait until its workers are gone, and keep the logs where they are to be kept.
+
+        What is left of the output can still be read; ``remove_files()`` is the end.
         """
         # No pulse may come any more, and the workers have their grace.
         self._extend_lease(_now() + self._setup.stop_grace_s + self._setup.silence_timeout_s)
         self._order_stop(_EVERY_ROUND)
         # What a supervisor leaves that has died was killed when that was noticed.
-        marks: tuple[str, ...] = ()
-        with contextlib.suppress(SupervisorLostError):
-            marks = self._ask(Shutdown())
-            self._supervisor.join()
+        try:
+            with contextlib.suppress(SupervisorLostError):
+                self._ask(Shutdown())
+                self._supervisor.join()
+        finally:
+            self._output.end()
+        self._archive.finish()
+
+    def remove_files(self) -> None:
+        """Remove all files."""
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
-        return marks
 
     @property
     def _folders(self) -> tuple[str, ...]:
@@ -269,6 +289,16 @@ class ElasticAgent:
     @property
     def _payload(self) -> Path:
         return self._folder / "payload"
+
+    def _begin_output(self, setup: AgentSetup) -> None:
+        folder = self._folder_of(setup.launch_id)
+        for name in (LOGS, SPOOL):
+            os.makedirs(folder / name)
+        self._output = OutputSource(folder / SPOOL)
+        self._archive = LogArchive(folder / LOGS, setup.log_archive)
+
+    def _folder_of(self, launch_id: str) -> Path:
+        return self._folder / f"launch-{launch_id}"
 
     def _order_stop(self, round_index: int, hung: bool = False) -> None:
         with contextlib.suppress(OSError), self._sending:

@@ -21,17 +21,19 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kfpytorch_ray.cluster.agent import ElasticAgent
-from kfpytorch_ray.cluster.delivery import Delivery
+from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
 from kfpytorch_ray.cluster.pulse import Pulse
+from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
 from kfpytorch_ray.errors import LaunchError, explain
 
 logger = logging.getLogger(__name__)
 
 _AGENT_THREADS = 8
-"""Calls that an agent answers at once: the round, the wait for its failure, and beside them pulse, stop, shutdown."""
+"""Calls that an agent answers at once: the round, the waits for its failure and for lines, and beside them pulse, stop,
+shutdown."""
 _END_WAIT_S = 30.0
 """Longest wait for an agent to stop its workers and remove its files, beyond the grace."""
 _LOOK_S = 1.0
@@ -105,7 +107,7 @@ class Membership:
 
     _setup: AgentSetup
     _payload: Any
-    _delivery: Delivery
+    _output: OutputStream
     _pulse: Pulse
 
     def __init__(self, reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> None:
@@ -119,19 +121,21 @@ class Membership:
         self._notices = _Notices()
         self._losses: list[Loss] = []
         self._looked_at = float("-inf")
+        self._begun = False
 
-    def begin(self, setup: AgentSetup, payload: bytes, delivery: Delivery) -> None:
+    def begin(self, setup: AgentSetup, payload: bytes, output: OutputStream) -> None:
         """Begin a launch; agents that are there are given it, others are started by ``refresh``.
 
         Args:
             setup: What each is given.
             payload: The pickled call.
-            delivery: Of what their ranks print.
+            output: Prints what their ranks print.
         """
         self._setup = setup
         self._payload = ray.put(payload)
-        self._delivery = delivery
+        self._output = output
         self._pulse = Pulse(self._silence_timeout_s)
+        self._begun = True
         self._losses = []
         for member in self._members.values():
             member.ready, member.rested = False, True
@@ -151,10 +155,12 @@ class Membership:
         if not all(member.ready for member in members) or not self._reservation.rest():
             return False
         resting = {member.handle.rest.remote(keep_s): member for member in members}
-        rested, _ = ray.wait(list(resting), num_returns=len(resting), timeout=_END_WAIT_S)
-        marks = {ref: _marks(ref) for ref in rested}
-        self._await_output({mark: resting[ref].address for ref, said in marks.items() for mark in said or ()})
-        return len(rested) == len(members) and None not in marks.values()
+        timeout_s = _END_WAIT_S + (ARCHIVE_WAIT_S if self._setup.log_archive else 0.0)
+        rested, _ = ray.wait(list(resting), num_returns=len(resting), timeout=timeout_s)
+        self._await_output()
+        for member in members:
+            member.handle.remove_launch.remote(self._setup.launch_id)
+        return len(rested) == len(members) and all(map(_answered, rested))
 
     def refresh(self, *, now: bool = False) -> None:
         """Start agents where nodes were placed, take in those that are ready, give up those that are gone.
@@ -254,26 +260,30 @@ class Membership:
 
     def end(self) -> None:
         """Stop all workers, wait for their last lines and end the agents; a second interrupt still kills them."""
+        if not self._begun:
+            return
         members = [*self._members.values()]
         self._members = {}
         try:
             self._pulse.close()
             if endings := {member.handle.shutdown.remote(): member for member in members}:
                 timeout_s = self._setup.stop_grace_s + _END_WAIT_S
+                timeout_s += ARCHIVE_WAIT_S if self._setup.log_archive else 0.0
                 ended, _ = ray.wait(list(endings), num_returns=len(endings), timeout=timeout_s)
-                self._await_output({mark: endings[ref].address for ref in ended for mark in _marks(ref) or ()})
+                self._await_output()
+                if removals := [endings[ref].handle.remove_files.remote() for ref in ended]:
+                    ray.wait(removals, num_returns=len(removals), timeout=_END_WAIT_S)
         finally:
             for member in members:
                 _kill(member.handle)
 
-    def _await_output(self, addresses: Mapping[str, str]) -> None:
-        """Wait for what ranks printed last, by the marks behind it."""
-        if missing := self._delivery.wait(addresses):
+    def _await_output(self) -> None:
+        """Wait until what ranks printed last is printed here."""
+        if missing := self._output.drain():
             logger.warning(
-                "%s: Ray has not brought all lines that were printed last on %s, they may be missing here. They are in "
-                "the files worker-*.out and worker-*.err of Ray's log folder there.",
+                "%s: not all lines that were printed last on %s have come; they may be missing here.",
                 self._setup.name,
-                ", ".join(sorted({addresses[mark] for mark in missing})),
+                ", ".join(sorted(missing)),
             )
 
     def _start(self, slot: Slot, address: str) -> Member:
@@ -312,6 +322,8 @@ class Membership:
             else:
                 member.ready = True
                 self._pulse.watch(member.number, member.handle)
+                if self._setup.logs != "none":
+                    self._output.follow(member.number, member.handle, member.address)
 
     def _hear(self) -> None:
         silent = self._pulse.silent()
@@ -336,6 +348,7 @@ class Membership:
 
     def _drop(self, member: Member, *, gone: bool) -> None:
         self._pulse.forget(member.number)
+        self._output.give_up(member.number)
         del self._members[member.slot.index]
         self._reservation.lost(member.slot.index, gone=gone)
         _kill(member.handle)
@@ -360,13 +373,13 @@ def agents_on(reservation: Reservation, min_nodes: int, silence_timeout_s: float
         membership.end()
 
 
-def _marks(ref: Any) -> tuple[str, ...] | None:
-    """What an agent has answered to the end of a launch; None of one that is gone, which is not waited for."""
+def _answered(ref: Any) -> bool:
+    """Whether an agent has done what it was asked; one that is gone has not."""
     try:
-        marks: tuple[str, ...] = ray.get(ref)
+        ray.get(ref)
     except (RayError, SupervisorLostError):
-        return None
-    return marks
+        return False
+    return True
 
 
 def _kill(handle: Any) -> None:

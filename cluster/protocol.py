@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kfpytorch_ray.config import DEFAULT_MAX_LOG_BYTES
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.results import RankRecord, Stage
 
@@ -34,8 +35,10 @@ class AgentSetup:
         monitor_interval_s: Longest time between two looks at the workers.
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         silence_timeout_s: Seconds without a pulse of the controller after which the agent and its workers end.
-        output_token: Part of the marks behind what ranks print; empty: nobody waits for them, and there are none.
         launch_id: Another one for every launch, so that an order which comes late stops no round of the next launch.
+        logs: Whose lines the driver prints: ``"rank0"``, ``"all"`` or ``"none"``.
+        max_log_bytes: Largest file of one rank's lines in one round.
+        log_archive: URI of the folder where these files are kept; empty: nowhere.
     """
 
     name: str
@@ -53,8 +56,10 @@ class AgentSetup:
     monitor_interval_s: float
     stop_grace_s: float
     silence_timeout_s: float
-    output_token: str = ""
     launch_id: str = ""
+    logs: str = "rank0"
+    max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
+    log_archive: str = ""
 
     def same_agent(self, other: AgentSetup) -> bool:
         """Whether the agents of one launch can serve the other.
@@ -199,14 +204,20 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class BeginLaunch:
-    """Comes before the rounds of a launch; answered with None. No order of the launch before counts any more."""
+    """Comes before the rounds of a launch; answered with None. No order of the launch before counts any more.
+
+    Attributes:
+        setup: What holds for all rounds.
+        folder: For the launch's files: what its ranks print, error files.
+    """
 
     setup: AgentSetup
+    folder: str
 
 
 @dataclass(frozen=True, slots=True)
 class EndLaunch:
-    """Asks for the last log lines to be passed on, and for its files to be removed; answered as ``Shutdown``."""
+    """Asks for the last log lines to be passed on; answered when they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +240,7 @@ class StopRound:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Asks the supervisor to pass on the last log lines and end; answered with the marks behind them when it has."""
+    """Asks the supervisor to pass on the last log lines and end; answered when it has passed them on."""
 
 
 @dataclass(frozen=True, slots=True)

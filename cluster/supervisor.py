@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -22,10 +21,10 @@ from torch.distributed import TCPStore
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
 from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
 from kfpytorch_ray.cluster.guardian import kill_all, strays
-from kfpytorch_ray.cluster.output import Outlet
+from kfpytorch_ray.cluster.output import LOGS, SPOOL, RoundOutput
+from kfpytorch_ray.cluster.output_spool import OutputSpool
 from kfpytorch_ray.cluster.processes import ForkedWorkers
 from kfpytorch_ray.cluster.protocol import (
-    AgentSetup,
     BeginLaunch,
     EndLaunch,
     Failed,
@@ -71,7 +70,8 @@ def main(connection: Connection, given: SupervisorSetup) -> None:
             except Exception:  # noqa: BLE001 - the actor raises it where somebody can read it
                 answer = Failed(traceback.format_exc())
             connection.send(answer)
-        connection.send(supervisor.finish_output())
+        supervisor.finish_output()
+        connection.send(True)
 
 
 class _Supervisor:
@@ -84,14 +84,13 @@ class _Supervisor:
 
     def answer(self, request: BeginLaunch | EndLaunch | OpenStore | RoundAssignment) -> Any:
         if isinstance(request, BeginLaunch):
-            self.launch = _Launch(request.setup)
+            self.launch = _Launch(request)
             return None
         assert self.launch is not None
         if isinstance(request, EndLaunch):
-            marks = self.finish_output()
-            self.launch.remove_files()
+            self.launch.finish_output()
             self.launch = None
-            return marks
+            return None
         if isinstance(request, OpenStore):
             self.launch.store = open_store(self.given.address)
             return self.launch.store.port
@@ -100,9 +99,8 @@ class _Supervisor:
     def _run_round(self, launch: _Launch, assignment: RoundAssignment) -> Finished:
         given = self.given
         setup = launch.setup
-        folder = Path(given.folder, f"round-{assignment.round_index}")
+        folder = launch.folder / f"round-{assignment.round_index}"
         folder.mkdir()
-        launch.folders.append(folder)
         stems = {rank: f"{assignment.round_index}-{rank}" for rank in range(setup.nproc_per_node)}
         failures = {rank: folder / f"failure-{rank}" for rank in stems}
 
@@ -133,7 +131,14 @@ class _Supervisor:
             stop_ordered=lambda: self._stop_ordered(assignment.round_index),
             failing=lambda: self.connection.send(Failing()),
             page=self.page,
-            outlets=launch.outlets,
+            output=RoundOutput(
+                folder=launch.folder / LOGS,
+                round_index=assignment.round_index,
+                node_rank=assignment.node_rank,
+                logs=setup.logs,
+                limit_bytes=setup.max_log_bytes,
+                spool=launch.spool,
+            ),
         )
         started_at = time.time()
         self.page.start_round(assignment.round_index)
@@ -174,9 +179,10 @@ class _Supervisor:
             stderr=None if agent.workers is None else agent.workers.stderrs[rank],
         )
 
-    def finish_output(self) -> tuple[str, ...]:
-        """Pass on the last lines of a launch; the marks behind them, none where nothing was ever printed."""
-        return () if self.launch is None else self.launch.finish_output()
+    def finish_output(self) -> None:
+        """Pass on the last lines of a launch."""
+        if self.launch is not None:
+            self.launch.finish_output()
 
     def take(self, order: StopRound) -> None:
         """Remember an order; the round that it is about may not have come yet."""
@@ -193,14 +199,12 @@ class _Supervisor:
 class _Launch:
     """What the supervisor has of one launch; nothing of it reaches the next."""
 
-    def __init__(self, setup: AgentSetup) -> None:
-        self.setup = setup
+    def __init__(self, begin: BeginLaunch) -> None:
+        self.setup = begin.setup
+        self.folder = Path(begin.folder)
+        self.spool = OutputSpool(self.folder / SPOOL)
         self.store: TCPStore | None = None
         self.workers: ForkedWorkers | None = None
-        self.folders: list[Path] = []
-        # Where Ray's processes do not write to files, no lines come to the driver, and no marks.
-        token = "" if os.environ.get("RAY_LOG_TO_STDERR") == "1" else setup.output_token
-        self.outlets = (Outlet(sys.stdout, token), Outlet(sys.stderr, token))
         self._stopped_round = -1
         self._hung_round = -1
 
@@ -214,20 +218,9 @@ class _Launch:
             return None
         return StopRound(round_index, hung=self._hung_round == round_index)
 
-    def finish_output(self) -> tuple[str, ...]:
+    def finish_output(self) -> None:
         if self.workers is not None:
             self.workers.finish_output(_OUTPUT_WAIT_S)
-        marks: list[str] = []
-        for outlet in self.outlets:
-            # A full disk, most likely: the lines are not there either.
-            with contextlib.suppress(OSError):
-                if (mark := outlet.mark()) is not None:
-                    marks.append(mark)
-        return tuple(marks)
-
-    def remove_files(self) -> None:
-        for folder in self.folders:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_strays() -> None:

@@ -73,6 +73,12 @@ DEFAULT_WORKING_DIR_EXCLUDES = (
 DEFAULT_MAX_WORKING_DIR_BYTES = 100 * 2**20
 """A project's code is far smaller; the job API takes no more."""
 
+LOGS = ("rank0", "all", "none")
+"""Whose lines a driver may print; the default first."""
+
+DEFAULT_MAX_LOG_BYTES = 64 * 2**20
+"""Hundreds of thousands of lines: far more than anybody reads, and little beside a checkpoint."""
+
 ON_INTERRUPT = ("ask", "stop", "detach")
 """What an interruption may do to a remote run; the default first."""
 
@@ -186,6 +192,13 @@ class RayRunOptions(CallOptions):
         grow_cooldown_s: Shortest time that a round runs before it is ended because more nodes have arrived.
         hang_timeout_s: Seconds without ``kfpytorch_ray.progress()`` or a checkpoint by any rank after which the round
             fails, with the stacks of all ranks. None: no limit.
+        logs: Whose lines the driver prints, as ``[rank 3 | node 1] ...``: ``"rank0"``, ``"all"`` or ``"none"``. The
+            last lines of ranks that fail are printed in any case.
+        max_log_bytes: Largest file of what one rank prints in one round. Of more, the beginning (half of it) and the
+            end (at least a quarter) are kept.
+        log_folder: Folder (any fsspec URI that the nodes reach) in which these files are kept, in a folder of the
+            launch's own: ``round-0/rank-3.log``. ``""``: nowhere. None: beside the raw outputs of a Flyte execution,
+            under ``outputs/<run id>/logs`` in the storage of a remote run, else nowhere.
         **options: As in ``CallOptions``.
     """
 
@@ -195,6 +208,9 @@ class RayRunOptions(CallOptions):
     checkpoint_grace_s: float = 30.0
     grow_cooldown_s: float = 60.0
     hang_timeout_s: float | None = None
+    logs: str = LOGS[0]
+    max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
+    log_folder: str | None = None
     runtime_env: dict[str, Any] | None = None
 
 

@@ -42,6 +42,11 @@ def agents() -> set[int]:
     return {agent.pid for agent in running_agents()}
 
 
+def files_of_launches() -> list[Path]:
+    found = (path for agent in running_agents() for folder in agent.folders for path in Path(folder).rglob("*"))
+    return [path for path in found if path.name.startswith(("launch-", "round-", "payload"))]
+
+
 def free_cpus() -> float:
     return float(ray.available_resources().get("CPU", 0))
 
@@ -117,10 +122,9 @@ def test_the_next_launch_takes_the_agents_and_finds_nothing_of_the_one_before(
     assert not any(is_running(traces[each].return_value[0]) for each in range(2))
     assert [pid for pid in all_processes() if command(pid) == f"sleep {UNIQUE_S}"] == []
     # Files of the launches before are gone with them.
-    left = [path for agent in running_agents() for folder in agent.folders for path in Path(folder).rglob("*")]
-    assert [path for path in left if path.name.startswith(("round-", "rank-", "payload"))] == []
+    wait_until(lambda: not files_of_launches(), "the files of the launches to be removed")
 
-    launched(lambda: print(f"said by {rank()}"))
+    launched(lambda: print(f"said by {rank()}"), logs="all")
     assert capfd.readouterr().out.count("said by") == 2
 
 

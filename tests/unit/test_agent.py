@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from kfpytorch_ray.cluster.output_spool import Cursor
 from kfpytorch_ray.cluster.pickling import load_parts
 from kfpytorch_ray.cluster.protocol import (
     AgentSetup,
@@ -232,7 +233,7 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     """One for all tests that leave it alive."""
-    with agent_in(tmp_path_factory.mktemp("agent")) as started:
+    with agent_in(tmp_path_factory.mktemp("agent"), max_log_bytes=2**16) as started:
         yield started
 
 
@@ -450,6 +451,7 @@ def test_shutdown_leaves_only_the_actor(tmp_path: Path) -> None:
         agent.said("up")
         agent.call("shutdown")
         assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
+        agent.call("remove_files")
         assert agent.folders() == set()
         left = agent.under()
         agent.process.kill()
@@ -457,13 +459,94 @@ def test_shutdown_leaves_only_the_actor(tmp_path: Path) -> None:
         until(lambda: not any(runs(pid) for pid in left))
 
 
-def test_shutdown_answers_with_the_marks_behind_the_last_lines(tmp_path: Path) -> None:
-    """One for each stream that ranks have printed to, in whatever round; streams without lines have none."""
-    with agent_in(tmp_path, output_token="launch") as agent:
-        agent.run("print('one')", "return None")
-        agent.run("return None", "return None")
-        (mark,) = agent.call("shutdown")
-        assert mark.startswith("launch-")
+def lines_of(agent: Agent) -> list[tuple[bool, str]]:
+    """What the driver would print: whether it is of standard error, and the line."""
+    lines: list[tuple[bool, str]] = []
+    cursor = Cursor()
+    while not (chunk := agent.call("read_output", cursor, 1.0)).ended:
+        lines += [(error, line) for error, text in chunk.texts for line in text.splitlines()]
+        cursor = chunk.cursor
+    return lines
+
+
+def test_what_ranks_print_is_kept_and_passed_on(tmp_path: Path) -> None:
+    """A file for each rank and round with all of it, kept elsewhere in the end; the driver gets rank 0's lines."""
+    archive = tmp_path / "archive"
+    with agent_in(tmp_path, log_archive=str(archive), max_log_bytes=2**20) as agent:
+        body = "print('out', rank); print('error', rank, file=sys.stderr)"
+        agent.run(body, body)
+        agent.run("return print('second')", "return print('second')")
+        agent.call("shutdown")
+        prefix = "[rank 0 | node 0] "
+        assert lines_of(agent) == [
+            (False, f"{prefix}out 0"),
+            (True, f"{prefix}error 0"),
+            (False, f"{prefix}second"),
+        ]
+    kept = {str(path.relative_to(archive)): path.read_text() for path in archive.rglob("*.log")}
+    first = {f"round-0/rank-{rank}.log": f"out {rank}\nerror {rank}\n" for rank in range(2)}
+    assert kept == first | {f"round-1/rank-{rank}.log": "second\n" for rank in range(2)}
+
+
+CRASH = """
+    import ctypes
+    libc = ctypes.CDLL(None)
+    for line in range(1000):
+        print("python", line)
+        libc.puts(b"c %d" % line)
+    child = "import os; print('child'); os.abort()"
+    subprocess.run([sys.executable, "-c", child], check=False)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def log_of(agent: Agent, rank: int) -> str:
+    """The file of a rank's lines in the last round, on the node."""
+    (index,) = {max(int(path.name[6:]) for path in agent.folder.glob("kfpytorch_ray-*/launch-*/logs/round-*"))}
+    (path,) = agent.folder.glob(f"kfpytorch_ray-*/launch-*/logs/round-{index}/rank-{rank}.log*")
+    return path.read_text()
+
+
+def test_no_line_is_lost_at_a_crash(agent: Agent) -> None:
+    """Neither Python's, nor one of a C library, nor a child's, all of which would wait in a buffer."""
+    rank, _ = agent.run(CRASH, FOREVER)
+    assert rank.message == "killed by SIGKILL"
+    said = log_of(agent, 0).splitlines()
+    expected = [f"{name} {line}" for name in ("python", "c") for line in range(1000)]
+    assert sorted(said) == sorted([*expected, "child"])
+
+
+LOUD = """
+    for line in range(25_000):
+        print(f"<{rank} {line}>")
+"""
+
+
+def test_ten_thousand_lines_a_second_lose_nothing(tmp_path: Path) -> None:
+    """Four ranks print as fast as they can: every line is in its file, and has come to the driver, in its order."""
+    archive = tmp_path / "archive"
+    with agent_in(tmp_path, log_archive=str(archive), nproc_per_node=4, logs="all") as agent:
+        agent.run(*[LOUD] * 4)
+        agent.call("shutdown")
+        came = lines_of(agent)
+    for rank in range(4):
+        expected = [f"<{rank} {line}>" for line in range(25_000)]
+        assert (archive / "round-0" / f"rank-{rank}.log").read_text().splitlines() == expected
+        prefix = f"[rank {rank} | node 0] "
+        assert [line.removeprefix(prefix) for _, line in came if line.startswith(prefix)] == expected
+
+
+def test_a_bound_on_what_a_rank_prints(agent: Agent) -> None:
+    """Its file has the beginning and the end, and says what is left out; the record has its last lines all the same."""
+    rank, _ = agent.run(LOUD + "    sys.exit(3)", "return None")
+    said = log_of(agent, 0)
+    assert 2**15 < len(said) < 2**16 + 200
+    lines = said.splitlines()
+    (gap,) = [line for line in lines if line.startswith("... ")]
+    left_out = int(gap.split()[1])
+    assert len(lines) - 1 + left_out == 25_000
+    assert (lines[0], lines[-1]) == ("<0 0>", "<0 24999>")
+    assert rank.log_tail[-1] == "<0 24999>"
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "fork server"])
