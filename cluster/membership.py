@@ -21,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kfpytorch_ray.cluster.agent import ElasticAgent
+from kfpytorch_ray.cluster.answers import Answers
 from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
@@ -51,8 +52,7 @@ class Member:
         slot: Where it runs.
         address: The address that Ray knows for its node.
         handle: The actor.
-        started: Becomes ready when the agent has loaded everything.
-        ready: Whether it has.
+        ready: Whether it has loaded everything.
         rested: Whether it has served a launch before this one.
         lost_because: Why it is no member any more.
     """
@@ -61,7 +61,6 @@ class Member:
     slot: Slot
     address: str
     handle: Any
-    started: Any
     ready: bool = False
     rested: bool = False
     lost_because: str = ""
@@ -117,6 +116,8 @@ class Membership:
         self.settled = False
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
+        self._loading: dict[Any, Member] = {}
+        self._loaded = Answers()
         self._numbers = itertools.count()
         self._notices = _Notices()
         self._losses: list[Loss] = []
@@ -139,7 +140,7 @@ class Membership:
         self._losses = []
         for member in self._members.values():
             member.ready, member.rested = False, True
-            member.started = self._load(member.handle)
+            self._load(member)
 
     def rest(self, keep_s: float) -> bool:
         """End a launch whose rounds are over, and keep its agents for another one.
@@ -235,11 +236,7 @@ class Membership:
 
     def wait(self, timeout_s: float) -> None:
         """Return when an agent has started or failed to, or after ``timeout_s``."""
-        starting = [member.started for member in self._members.values() if not member.ready]
-        if starting:
-            ray.wait(starting, timeout=timeout_s)
-        else:
-            time.sleep(timeout_s)
+        self._take_in(timeout_s)
 
     def take_losses(self) -> list[Loss]:
         """Losses since the last call."""
@@ -298,18 +295,20 @@ class Membership:
         )
         handle: Any = actor.remote(self._setup, address)
         handle.expect_load.remote()
-        return Member(next(self._numbers), slot, address, handle, self._load(handle))
+        member = Member(next(self._numbers), slot, address, handle)
+        self._load(member)
+        return member
 
-    def _load(self, handle: Any) -> Any:
-        return handle.load.remote(self._setup, self._payload)
+    def _load(self, member: Member) -> None:
+        started = member.handle.load.remote(self._setup, self._payload)
+        self._loading[started] = member
+        self._loaded.expect(started)
 
-    def _take_in(self) -> None:
-        starting = {member.started: member for member in self._members.values() if not member.ready}
-        if not starting:
-            return
-        started, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0)
-        for ref in started:
-            member = starting[ref]
+    def _take_in(self, timeout_s: float = 0.0) -> None:
+        for ref in self._loaded.take(timeout_s):
+            member = self._loading.pop(ref)
+            if not self.has(member):
+                continue
             try:
                 ray.get(ref)
             except SupervisorLostError:
