@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kfpytorch_ray.report.data import Metric, RankSamples, RunReport, Sample
-from kfpytorch_ray.report.scales import Tick, amount, memory, time_ticks, top_of, value_ticks
+from kfpytorch_ray.report.scales import Tick, amount, memory, step_ticks, time_ticks, top_of, value_ticks
 from kfpytorch_ray.report.timeline import WIDTH, Axis
 
 HEIGHT = 240.0
 GROUP = 8
 _MOST_POINTS = 160
-_POINTS_IN_ALL = 3000
+_POINTS_IN_ALL = 2600
 _MOST_LINES = 16
 _MOST_METRICS = 24
 
@@ -187,8 +187,7 @@ def _metric_chart(name: str, told: Sequence[tuple[int, Metric]]) -> Chart:
         title = f"{label}: {amount(points[-1][1])} at step {amount(points[-1][0])}"
         drawn = _polyline([place(point) for point in thinned(points, _MOST_POINTS)])
         lines.append(Line(index % GROUP, label, title, (drawn,)))
-    x_ticks = tuple(Tick(25.0 * index, amount(first + (last - first) * index / 4)) for index in range(5))
-    return Chart(name, "by step", tuple(lines), x_ticks, value_ticks(bottom, top, amount))
+    return Chart(name, "by step", tuple(lines), step_ticks(first, last), value_ticks(bottom, top, amount))
 
 
 def _bounds(lowest: float, highest: float) -> Point:

@@ -26,8 +26,10 @@ TITLE = "Elastic run"
 
 _MOST_TEXT = 6000
 _MOST_TRACEBACK = 12000
-_MOST_TAILS = 24
-_MOST_LINE = 240
+_MOST_TAILS = 10
+_MOST_TAILS_OF_A_SUCCESS = 8
+_MOST_LINE = 160
+_MOST_CELLS = 128
 _PARTS = re.compile(r"\A(?P<what>.*?)\nWhy: (?P<why>.*?)\nFix: (?P<fix>.*?)(?:\n\n(?P<more>.*))?\Z", re.DOTALL)
 _SYMBOLS = {
     "succeeded": "✓",
@@ -126,8 +128,6 @@ class _Cause:
     round_index: int | None
     address: str
     traceback: str
-    alike: int
-    world_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def _context(report: RunReport) -> dict[str, object]:
         "shares": _shares(report),
         "cause": _cause(report),
         "timeline": timeline_of(report),
-        "grids": tuple(_grid(report, one) for one in reversed(report.rounds)),
+        "grids": _grids(report),
         "metrics": metric_charts(report),
         "resources": resource_charts(report),
         "tails": tails,
@@ -191,9 +191,6 @@ def _cause(report: RunReport) -> _Cause | None:
     if last is not None and last.cause is not None:
         rank = next(one for one in last.ranks if one.rank == last.cause)
     address = next((node.address for node in report.nodes if rank is not None and node.number == rank.node), "")
-    alike = 0
-    if rank is not None and last is not None:
-        alike = sum((one.outcome, one.message) == (rank.outcome, rank.message) for one in last.ranks)
     return _Cause(
         what=_cut(said["what"] or ""),
         why=_cut(said["why"] or ""),
@@ -206,9 +203,19 @@ def _cause(report: RunReport) -> _Cause | None:
         round_index=last.index if last is not None else None,
         address=address,
         traceback=_cut_front(rank.traceback.rstrip(), _MOST_TRACEBACK) if rank is not None else "",
-        alike=alike,
-        world_size=len(last.ranks) if last is not None else 0,
     )
+
+
+def _grids(report: RunReport) -> tuple[_Grid, ...]:
+    """The ranks of the last round, and of those before it as far as there is room."""
+    grids: list[_Grid] = []
+    cells = 0
+    for one in reversed(report.rounds):
+        cells += len(one.ranks)
+        if grids and cells > _MOST_CELLS:
+            break
+        grids.append(_grid(report, one))
+    return tuple(grids)
 
 
 def _grid(report: RunReport, one: ReportedRound) -> _Grid:
@@ -236,7 +243,8 @@ def _tails(report: RunReport) -> tuple[tuple[_Tail, ...], int]:
         for rank in sorted(one.ranks, key=lambda rank, one=one: (rank.rank != one.cause, rank.outcome in NO_FAILURE))  # type: ignore[misc]
         if rank.log_tail and (one is report.rounds[-1] or rank.outcome not in NO_FAILURE)
     ]
-    return tuple(found[:_MOST_TAILS]), len(found[_MOST_TAILS:])
+    most = _MOST_TAILS_OF_A_SUCCESS if report.failure is None else _MOST_TAILS
+    return tuple(found[:most]), len(found[most:])
 
 
 def _versions(report: RunReport) -> tuple[_Versions, ...]:

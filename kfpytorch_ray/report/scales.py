@@ -79,6 +79,17 @@ def top_of(largest: float, *, binary: bool = False) -> float:
     return min(factor * power for factor in factors if factor * power >= largest * 0.9999)
 
 
+def step_ticks(first: float, last: float) -> tuple[Tick, ...]:
+    """Marks at round values on an axis from ``first`` to ``last``: six at most."""
+    length = last - first
+    if length <= 0:
+        return (Tick(0.0, amount(first)),)
+    power = 10 ** math.floor(math.log10(length / 5))
+    step = next(factor * power for factor in (1, 2, 5, 10) if length / (factor * power) <= 5)
+    values = [index * step for index in range(math.ceil(first / step), math.floor(last / step + 1e-9) + 1)]
+    return tuple(Tick(100 * (value - first) / length, amount(value)) for value in values)
+
+
 def value_ticks(bottom: float, top: float, text: Callable[[float], str]) -> tuple[Tick, ...]:
     """Five marks from the bottom to the top of an axis."""
     return tuple(Tick(25.0 * index, text(bottom + (top - bottom) * index / 4)) for index in range(5))

@@ -78,7 +78,9 @@ def ranks_of(
     return tuple(found)
 
 
-def samples_of(ranks: int, rounds: tuple[ReportedRound, ...], count: int, *, gpus: bool = False) -> tuple[RankSamples, ...]:
+def samples_of(
+    ranks: int, rounds: tuple[ReportedRound, ...], count: int, *, gpus: bool = False
+) -> tuple[RankSamples, ...]:
     """Uneven ranks; the last one needs more memory than the others."""
     return tuple(RankSamples(rank, tuple(_samples(rank, ranks, rounds, count, gpus))) for rank in range(ranks))
 
@@ -104,7 +106,9 @@ def _samples(rank: int, ranks: int, rounds: tuple[ReportedRound, ...], count: in
 
 def loss_of(index: int, steps: range) -> Metric:
     """A loss that falls."""
-    return Metric("loss", 0, tuple((step, 2.3 * math.exp(-step / 90) + 0.05 * math.sin(step + index)) for step in steps))
+    return Metric(
+        "loss", 0, tuple((step, 2.3 * math.exp(-step / 90) + 0.05 * math.sin(step + index)) for step in steps)
+    )
 
 
 def success(nodes: int = 2, nproc: int = 2, *, gpus: bool = False, count: int = 40) -> RunReport:
