@@ -18,6 +18,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,9 @@ from kfpytorch_ray.cluster.protocol import (
     SupervisorLostError,
     SupervisorSetup,
 )
+from kfpytorch_ray.cluster.sampling import Sampler, find_gpus, node_facts
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.report.data import NodeFacts
 
 if TYPE_CHECKING:
     from kfpytorch_ray.cluster.spool import Spooled
@@ -95,6 +98,7 @@ class ElasticAgent:
         for folder in self._folders:
             os.mkdir(folder, 0o700)
         self._page = HeartbeatPage.create(self._folder / PAGE_NAME, setup.nproc_per_node)
+        self._sampler = Sampler(self._page)
 
         preload = (*PRELOAD, *setup.preload)
         os.environ[MARK_VARIABLE] = value
@@ -122,7 +126,7 @@ class ElasticAgent:
             if not self._answered_at:
                 self._page.extend_lease(_now() + _LOAD_S)
 
-    def load(self, payload: bytes) -> None:
+    def load(self, payload: bytes) -> NodeFacts:
         """Take the pickled call, once for all rounds, and wait until the fork server is warm.
 
         From now on this agent has to hear from its controller, which counts on it from when it has this answer.
@@ -131,6 +135,9 @@ class ElasticAgent:
             msg = "the payload differs from the one that the driver sent"
             raise ValueError(msg)
         self._payload.write_bytes(payload)
+        # While the fork server imports.
+        self._sampler.gpus = find_gpus(os.environ)
+        facts = node_facts(self._sampler.gpus)
         with self._asking:
             ready = self._await_ready()
         if ready.missing:
@@ -139,6 +146,7 @@ class ElasticAgent:
             self._answered_at = _now()
             # No later than this: it may have been longer so far.
             self._page.extend_lease(self._answered_at + self._setup.silence_timeout_s)
+        return facts
 
     def open_store(self) -> int:
         """Open the store of a round whose rank 0 is here, and say its port."""
@@ -152,14 +160,15 @@ class ElasticAgent:
         with self._turning:
             self._round = index
         try:
-            finished = self._ask(assignment, meanwhile=lambda: self._note_failure(index))
+            with self._sampler.during(index):
+                finished = self._ask(assignment, meanwhile=lambda: self._note_failure(index))
         finally:
             with self._turning:
                 self._round = None
             self._failing[index].set()
         self._results = dict(finished.results)
         report: NodeReport = finished.report
-        return report
+        return replace(report, samples=self._sampler.take())
 
     def wait_for_failure(self, round_index: int) -> bool:
         """Return when a rank of this node fails in this round, or the round ends here; whether one failed.
@@ -202,7 +211,8 @@ class ElasticAgent:
         """
         self._extend_lease(self._answered_at + self._setup.silence_timeout_s)
         round_index = self._page.round_index
-        pulse = NodePulse(round_index, self._page.idle_s(), round_index is not None and self._listening())
+        listening = round_index is not None and self._listening()
+        pulse = NodePulse(round_index, self._page.idle_s(), listening, self._sampler.take())
         self._answered_at = _now()
         return pulse
 

@@ -20,8 +20,11 @@ from kfpytorch_ray.cluster.interruption import interruptible
 from kfpytorch_ray.cluster.membership import agents_on
 from kfpytorch_ray.cluster.placement import driver_address, reserved
 from kfpytorch_ray.cluster.protocol import AgentSetup
+from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.errors import KfpytorchRayError
+from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.results import RoundRecord
 
 
@@ -32,26 +35,42 @@ class Launched:
     Attributes:
         refs: A reference to every rank's spooled result, by rank.
         rounds: What became of every rank, one record for each round.
+        report: What happened.
     """
 
     refs: Sequence[Any]
     rounds: tuple[RoundRecord, ...]
+    report: RunReport
 
 
-def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) -> Launched:
-    """Run a request to its end, and leave nothing running.
+def run_request(request: RayRequest, options: RayBackend, *, home: bool = True, backend: str = "") -> Launched:
+    """Run a request to its end, and leave nothing running. What it raises carries the report.
 
     Args:
         request: What is asked.
         options: Which Ray, and how it is joined.
         home: Whether this process is the one that the results are for, and the modules of the call are found by its
             search path. Files that rank 0 returns are uploaded otherwise.
+        backend: Whose run it is, where that is not the options'.
 
     Raises:
         ConfigError: The Ray cannot be joined by a driver, or does not take the amounts.
         PlacementError: The nodes cannot be had.
         LaunchError: A rank or a node failed.
     """
+    launch = request.setup
+    recorder = Recorder(launch.name, launch.run_id, backend or options.name, request.limits.budgets)
+    try:
+        refs, rounds = _run(request, options, home, recorder)
+    except KfpytorchRayError as error:
+        error.report = recorder.report(error)
+        raise
+    return Launched(refs, rounds, recorder.report())
+
+
+def _run(
+    request: RayRequest, options: RayBackend, home: bool, recorder: Recorder
+) -> tuple[Sequence[Any], tuple[RoundRecord, ...]]:
     demand, launch = request.demand, request.setup
     with (
         connected(options, demand.total(demand.max_nodes)) as private,
@@ -66,11 +85,12 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
             request.payload,
             demand.min_nodes,
             output,
+            recorder,
         ) as membership,
     ):
-        controller = Controller(membership, setup, request.limits)
+        controller = Controller(membership, setup, request.limits, recorder)
         refs = controller.run()
-    return Launched(refs, controller.rounds)
+    return refs, controller.rounds
 
 
 def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:

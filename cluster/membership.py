@@ -25,8 +25,10 @@ from kfpytorch_ray.cluster.delivery import Delivery
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
 from kfpytorch_ray.cluster.pulse import Pulse
+from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
 from kfpytorch_ray.errors import LaunchError, explain
+from kfpytorch_ray.report.data import Activity
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +102,19 @@ class Membership:
         payload: A reference to the pickled call.
         min_nodes: As many agents are needed.
         delivery: Of what their ranks print.
+        recorder: Is told who they are and what becomes of them.
     """
 
     def __init__(
-        self, reservation: Reservation, setup: AgentSetup, payload: Any, min_nodes: int, delivery: Delivery
+        self,
+        reservation: Reservation,
+        setup: AgentSetup,
+        payload: Any,
+        min_nodes: int,
+        delivery: Delivery,
+        recorder: Recorder,
     ) -> None:
+        self._recorder = recorder
         self._reservation = reservation
         self._setup = setup
         self._payload = payload
@@ -114,7 +124,7 @@ class Membership:
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
         self._numbers = itertools.count()
-        self._pulse = Pulse(setup.silence_timeout_s)
+        self._pulse = Pulse(setup.silence_timeout_s, lambda pulse: recorder.sampled(pulse.samples))
         self._notices = _Notices()
         self._losses: list[Loss] = []
         self._looked_at = float("-inf")
@@ -185,6 +195,7 @@ class Membership:
         # Ray's messages are lists over many lines.
         member.lost_because = " ".join(str(error).split())
         self._losses.append(Loss(member.address, member.lost_because, charged))
+        self._recorder.agent_gone(member.number, member.lost_because)
 
     def wait(self, timeout_s: float) -> None:
         """Return when an agent has started or failed to, or after ``timeout_s``."""
@@ -247,7 +258,9 @@ class Membership:
         )
         handle: Any = actor.remote(self._setup, address)
         handle.expect_load.remote()
-        return Member(next(self._numbers), slot, address, handle, handle.load.remote(self._payload))
+        number = next(self._numbers)
+        self._recorder.agent_started(number, address, slot.resources)
+        return Member(number, slot, address, handle, handle.load.remote(self._payload))
 
     def _take_in(self) -> None:
         starting = {member.started: member for member in self._members.values() if not member.ready}
@@ -257,7 +270,7 @@ class Membership:
         for ref in started:
             member = starting[ref]
             try:
-                ray.get(ref)
+                facts = ray.get(ref)
             except SupervisorLostError:
                 self.lose(member, "its supervisor process died")
             except RayError as error:
@@ -267,6 +280,7 @@ class Membership:
                 self.lose(member, error)
             else:
                 member.ready = True
+                self._recorder.agent_ready(member.number, facts)
                 self._pulse.watch(member.number, member.handle)
 
     def _hear(self) -> None:
@@ -293,6 +307,7 @@ class Membership:
     def _drop(self, member: Member, *, gone: bool) -> None:
         self._pulse.forget(member.number)
         del self._members[member.slot.index]
+        self._recorder.agent_gone(member.number)
         self._reservation.lost(member.slot.index, gone=gone)
         _kill(member.handle)
 
@@ -308,7 +323,12 @@ class Membership:
 
 @contextmanager
 def agents_on(
-    reservation: Reservation, setup: AgentSetup, payload: bytes, min_nodes: int, delivery: Delivery
+    reservation: Reservation,
+    setup: AgentSetup,
+    payload: bytes,
+    min_nodes: int,
+    delivery: Delivery,
+    recorder: Recorder,
 ) -> Iterator[Membership]:
     """Have agents wherever nodes are reserved; they and their workers end with the context.
 
@@ -318,8 +338,10 @@ def agents_on(
         payload: The pickled call.
         min_nodes: As many are needed.
         delivery: Of what their ranks print.
+        recorder: Is told who they are and what becomes of them.
     """
-    membership = Membership(reservation, setup, ray.put(payload), min_nodes, delivery)
+    recorder.enter(Activity.PLACING)
+    membership = Membership(reservation, setup, ray.put(payload), min_nodes, delivery, recorder)
     try:
         yield membership
     finally:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kfpytorch_ray.plan import Contract, FlyteContext
+from kfpytorch_ray.rank_decks import RANK_0
+from kfpytorch_ray.report.data import RankDeck, Sample
 from kfpytorch_ray.results import RankRecord, Stage
 
 
@@ -34,6 +36,7 @@ class AgentSetup:
         monitor_interval_s: Longest time between two looks at the workers.
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         silence_timeout_s: Seconds without a pulse of the controller after which the agent and its workers end.
+        decks: Whose decks come home: one of ``kfpytorch_ray.rank_decks.CHOICES``.
         output_token: Part of the marks behind what ranks print; empty: nobody waits for them, and there are none.
     """
 
@@ -52,6 +55,7 @@ class AgentSetup:
     monitor_interval_s: float
     stop_grace_s: float
     silence_timeout_s: float
+    decks: str = RANK_0
     output_token: str = ""
 
 
@@ -84,19 +88,30 @@ class NodePulse:
         round_index: Of the round that runs; None between rounds.
         idle_s: Seconds since a worker of this agent last made progress, or since the round started here.
         listening: Whether a worker has asked ``stop_requested()`` in this round.
+        samples: What ranks used since the pulse before.
     """
 
     round_index: int | None
     idle_s: float
     listening: bool
+    samples: tuple[tuple[int, Sample], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """How the workers of one agent ended in one round."""
+    """How the workers of one agent ended in one round.
+
+    Attributes:
+        node_rank: Of the agent.
+        ranks: By local rank.
+        decks: That they have left.
+        samples: What they used, as far as no pulse has said it.
+    """
 
     node_rank: int
     ranks: tuple[RankRecord, ...]
+    decks: tuple[RankDeck, ...] = ()
+    samples: tuple[tuple[int, Sample], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +132,8 @@ class WorkerSpec:
         flyte: Its Flyte context.
         upload_files: Whether it uploads files that it returns.
         stacks: File for the stacks of its threads, when it is asked for them.
+        decks: File for its decks; empty where nobody wants them.
+        all_decks: Whether they are wanted however it ends.
     """
 
     environment: Mapping[str, str]
@@ -132,6 +149,8 @@ class WorkerSpec:
     flyte: FlyteContext
     upload_files: bool
     stacks: str
+    decks: str = ""
+    all_decks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

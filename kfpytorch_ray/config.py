@@ -186,6 +186,8 @@ class RayRunOptions(CallOptions):
         grow_cooldown_s: Shortest time that a round runs before it is ended because more nodes have arrived.
         hang_timeout_s: Seconds without ``kfpytorch_ray.progress()`` or a checkpoint by any rank after which the round
             fails, with the stacks of all ranks. None: no limit.
+        decks: Whose flytekit decks the task shows: ``"rank0"``, or ``"all"`` ranks', named by rank, also of those that
+            failed or were stopped. They are kept in files on their way, so they cost disk and time.
         **options: As in ``CallOptions``.
     """
 
@@ -195,6 +197,7 @@ class RayRunOptions(CallOptions):
     checkpoint_grace_s: float = 30.0
     grow_cooldown_s: float = 60.0
     hang_timeout_s: float | None = None
+    decks: str = "rank0"
     runtime_env: dict[str, Any] | None = None
 
 

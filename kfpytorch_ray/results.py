@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 from flytekit import Deck
 from flytekit.core.context_manager import OutputMetadata
 
+from kfpytorch_ray.report.carrier import Reported
+from kfpytorch_ray.report.data import RunReport
+
 
 class ElasticWorkerResult(NamedTuple):
     """What one worker process brings home.
@@ -88,6 +91,10 @@ class RankRecord:
         progressed: Whether it called ``progress()`` or wrote a checkpoint in this round.
         step: The last one that it told ``progress()``; None if it told none.
         stacks: Of all its threads, where it hung; empty otherwise.
+        started_at: Seconds since the epoch at which its process was started; None where it never was.
+        called_at: Seconds since the epoch at which it began to run the function; None where it never did.
+        ended_at: Seconds since the epoch at which its process had ended; None where that is not known. A rank that
+            raised did so at ``timestamp``.
     """
 
     rank: int
@@ -107,6 +114,9 @@ class RankRecord:
     progressed: bool = False
     step: int | None = None
     stacks: str = ""
+    started_at: float | None = None
+    called_at: float | None = None
+    ended_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +147,10 @@ class RoundRecord:
         return all(rank.outcome is Outcome.SUCCEEDED for rank in self.ranks)
 
 
-class ElasticResult(Mapping[int, ElasticWorkerResult]):
+class ElasticResult(Reported, Mapping[int, ElasticWorkerResult]):
     """The results of a launch by global rank; a rank's value is fetched when it is first asked for.
+
+    ``save_html(path)`` and ``deck`` show what happened, ``report`` has it as data (kfpytorch_ray.report.data).
 
     Args:
         ranks: The ranks whose results can be had here: all of them, but those of this node only on the kubeflow
@@ -146,6 +158,7 @@ class ElasticResult(Mapping[int, ElasticWorkerResult]):
         fetch: Brings one rank's result. Called once per rank.
         rounds: What became of every rank, one record for each round; the last one succeeded.
         run_id: Of a run on a cluster that is elsewhere; empty for others.
+        report: What happened; None where the backend does not say.
     """
 
     def __init__(
@@ -154,12 +167,14 @@ class ElasticResult(Mapping[int, ElasticWorkerResult]):
         fetch: Callable[[int], ElasticWorkerResult],
         rounds: tuple[RoundRecord, ...] = (),
         run_id: str = "",
+        report: RunReport | None = None,
     ) -> None:
         self._ranks = ranks
         self._fetch = fetch
         self._fetched: dict[int, ElasticWorkerResult] = {}
         self.rounds = rounds
         self.run_id = run_id
+        self.report = report
 
     def __getitem__(self, rank: int) -> ElasticWorkerResult:
         if rank not in self._ranks:

@@ -29,6 +29,7 @@ _MOST_TRACEBACK = 12000
 _MOST_TAILS = 10
 _MOST_TAILS_OF_A_SUCCESS = 8
 _MOST_LINE = 160
+_SHORTEST_S = 0.005
 _MOST_CELLS = 128
 _PARTS = re.compile(r"\A(?P<what>.*?)\nWhy: (?P<why>.*?)\nFix: (?P<fix>.*?)(?:\n\n(?P<more>.*))?\Z", re.DOTALL)
 _SYMBOLS = {
@@ -177,6 +178,7 @@ def _shares(report: RunReport) -> tuple[_Share, ...]:
     return tuple(
         _Share(activity.name.lower(), activity.value, total, round(100 * total / whole, 2))
         for activity, total in seconds.items()
+        if total >= _SHORTEST_S
     )
 
 

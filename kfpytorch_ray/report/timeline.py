@@ -1,4 +1,4 @@
-"""The timeline to scale: what the driver did, the rounds, and each node with its ranks. Pure; positions are per mille."""
+"""The timeline to scale: what the driver did, the rounds, each node with its ranks. Pure; positions are per mille."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import sample_reports
 from flytekit.deck.deck import get_deck_template
+from typing_extensions import Self
 
 from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.report.page import fragment, page
@@ -37,7 +38,7 @@ class Seen:
         self.file = file.as_uri()
         self.tab.goto(self.file)
 
-    def __enter__(self) -> Seen:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

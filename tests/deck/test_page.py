@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 import sample_reports
@@ -200,7 +201,7 @@ def test_every_second_belongs_to_one_activity() -> None:
         found = segments(report)
         assert found[0].started_at == report.started_at
         assert found[-1].ended_at == report.ended_at
-        for before, after in zip(found, found[1:], strict=False):
+        for before, after in pairwise(found):
             assert before.ended_at == after.started_at
         assert sum(totals(report).values()) == pytest.approx(report.ended_at - report.started_at)
 
@@ -238,7 +239,7 @@ def test_the_timeline_is_to_scale() -> None:
     lanes = [lane for one in drawn.nodes for lane in one.ranks]
     assert [lane.label for lane in lanes] == ["rank 0", "rank 1", "rank 2", "rank 3"]
     for lane in lanes:
-        for before, after in zip(lane.bars, lane.bars[1:], strict=False):
+        for before, after in pairwise(lane.bars):
             assert before.end <= after.x + 0.2
     assert [end.kind for end in lanes[3].endings] == ["cause", "cause"]
     assert lanes[0].endings == ()
