@@ -220,6 +220,9 @@ class _Worker:
                 spent[member] = times.user + times.system
                 resident += member.memory_info().rss
             family += children.get(member.pid, [])
+        if not resident:
+            # It has given its memory back, and is about to end.
+            return None
         seconds = sum(max(0.0, total - self.spent.get(member, 0.0)) for member, total in spent.items())
         self.spent, self.looked_at = spent, now
         return round(100 * seconds / max(now - since, 0.01), 1), resident

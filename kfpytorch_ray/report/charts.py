@@ -85,7 +85,9 @@ _QUANTITIES = (
 
 def resource_charts(report: RunReport) -> tuple[ChartGroup, ...]:
     """What the ranks used: a group for each quantity, or one group where there is one chart of each."""
-    axis = Axis(report.started_at, report.ended_at)
+    if not report.rounds:
+        return ()
+    axis = Axis(report.rounds[0].started_at, report.rounds[-1].ended_at)
     edges = tuple(axis.at(one.started_at) for one in report.rounds[1:])
     found = []
     for quantity in _QUANTITIES:
