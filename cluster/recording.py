@@ -104,7 +104,8 @@ class Recorder:
         """
         said = list(reports)
         self.sampled(sample for report in said for sample in report.samples)
-        self._decks = tuple(deck for report in said for deck in report.decks)
+        decks = [deck for report in said for deck in report.decks]
+        self._decks = tuple(sorted(decks, key=lambda deck: deck.rank))
         self._rounds.append(reported_round(record, agents))
         self.enter(Activity.WAITING)
 

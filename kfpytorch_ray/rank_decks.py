@@ -26,6 +26,7 @@ RANK_0, ALL = "rank0", "all"
 CHOICES = (RANK_0, ALL)
 """Values of ``RayBackend(decks=...)``."""
 
+_FIRST_S = 0.25
 _EVERY_S = 2.0
 _MOST_CHARACTERS = 16_000_000
 """Of all decks of a rank; a plotly figure with its library has 5 million."""
@@ -80,7 +81,9 @@ def read(path: str) -> tuple[RankDeck, ...]:
 
 def _keep(decks: list[Deck], path: Path, rank: int, over: threading.Event) -> None:
     written: list[tuple[str, int]] = []
-    while not over.wait(_EVERY_S):
+    pause_s = _FIRST_S
+    while not over.wait(pause_s):
+        pause_s = min(2 * pause_s, _EVERY_S)
         # A deck whose HTML is drawn when it is asked for may be half filled, and its code is not made for threads.
         plain = [deck for deck in [*decks] if type(deck) is Deck]
         now = [(deck.name, len(deck.html)) for deck in plain]

@@ -120,16 +120,17 @@ def test_a_round_that_nodes_ended_has_no_cause() -> None:
 
 
 def test_samples_come_by_pulse_and_with_the_rounds_end() -> None:
-    """By rank and in the order of time, in whatever order they come; decks are the last round's."""
+    """By rank and in the order of time, in whatever order they come; decks are the last round's, by rank."""
     one = recorder()
     one.sampled([(1, sample(0, 2.0)), (0, sample(0, 2.0))])
-    decks = (RankDeck(0, "curve", "<p>"),)
+    decks = (RankDeck(0, "curve", "<p>"), RankDeck(0, "another", "<p>"))
     one.round_ended(round_of(Outcome.RAISED), [0], [NodeReport(0, (), (RankDeck(0, "old", ""),))])
     report = NodeReport(0, (), decks, ((0, sample(1, 9.0)), (1, sample(1, 1.0))))
-    one.round_ended(round_of(Outcome.SUCCEEDED, index=1, ending=Ending.SUCCEEDED), [0], [report])
+    other = NodeReport(1, (), (RankDeck(1, "curve", ""),))
+    one.round_ended(round_of(Outcome.SUCCEEDED, index=1, ending=Ending.SUCCEEDED), [0], [other, report])
     told = one.report()
     assert [(of.rank, [taken.at for taken in of.samples]) for of in told.samples] == [(0, [2.0, 9.0]), (1, [1.0, 2.0])]
-    assert told.decks == decks
+    assert told.decks == (*decks, RankDeck(1, "curve", ""))
 
 
 def test_samples_of_a_long_run_are_thinned_out() -> None:

@@ -12,9 +12,9 @@ import cloudpickle
 import flytekit
 import pytest
 import sample_reports
+from flyte_contexts import decks, task_with_decks
 from flytekit import Deck, task
-from flytekit.core.context_manager import ExecutionState, FlyteContextManager, OutputMetadataTracker
-from flytekit.core.data_persistence import FileAccessProvider
+from flytekit.core.context_manager import FlyteContextManager
 from flytekit.deck.deck import TimeLineDeck
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
 
@@ -28,21 +28,8 @@ from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 @pytest.fixture
 def output_prefix(tmp_path: Path) -> Iterator[Path]:
     """A container's execution of a task with decks, which leaves its outputs in this folder."""
-    context = FlyteContextManager.current_context()
-    params = flytekit.current_context().with_enable_deck(enable_deck=True)
-    params.decks = []
-    params.output_metadata_prefix = str(tmp_path / "outputs")
-    state = context.new_execution_state().with_params(
-        mode=ExecutionState.Mode.TASK_EXECUTION, user_space_params=params.build()
-    )
-    files = FileAccessProvider(str(tmp_path / "sandbox"), str(tmp_path / "raw"))
-    builder = context.with_execution_state(state).with_output_metadata_tracker(OutputMetadataTracker())
-    with FlyteContextManager.with_context(builder.with_file_access(files)):
-        yield tmp_path / "outputs"
-
-
-def shown() -> dict[str, str]:
-    return {deck.name: deck.html for deck in flytekit.current_context().decks}
+    with task_with_decks(tmp_path) as prefix:
+        yield prefix
 
 
 def raising(error: Exception) -> Any:
@@ -81,10 +68,10 @@ def test_a_success_is_shown_beside_rank_0s_decks(
     timeline = TimeLineDeck("timeline", auto_add_to_deck=False)
     monkeypatch.setattr(double, "answer", returning(report, curve, timeline))
     assert trained.execute() == 7
-    decks = shown()
-    assert list(decks) == ["curve", "Elastic run"]
-    assert decks["Elastic run"] in page(report)
-    assert "<html" not in decks["Elastic run"]
+    shown = decks()
+    assert list(shown) == ["curve", "Elastic run"]
+    assert shown["Elastic run"] in page(report)
+    assert "<html" not in shown["Elastic run"]
 
 
 def test_every_ranks_decks_are_named_by_rank(
@@ -95,9 +82,9 @@ def test_every_ranks_decks_are_named_by_rank(
     report = replace(sample_reports.success(), decks=made)
     monkeypatch.setattr(double, "answer", returning(report, Deck("curve", "<p>of 0</p>", auto_add_to_deck=False)))
     trained.execute()
-    decks = shown()
-    assert list(decks) == ["rank 0: curve", "rank 1: curve", "rank 2: curve", "Elastic run"]
-    assert decks["rank 2: curve"] == "<p>of 2</p>"
+    shown = decks()
+    assert list(shown) == ["rank 0: curve", "rank 1: curve", "rank 2: curve", "Elastic run"]
+    assert shown["rank 2: curve"] == "<p>of 2</p>"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +112,7 @@ def test_a_failure_is_published_before_it_is_raised(
     assert sample_reports.MESSAGE in published
     assert "rank 1: curve" in published
     assert "<p>of 1</p>" in published
-    assert list(shown()) == ["rank 1: curve", "Elastic run"]
+    assert list(decks()) == ["rank 1: curve", "Elastic run"]
 
 
 def test_without_decks_nothing_is_drawn(
@@ -142,7 +129,7 @@ def test_without_decks_nothing_is_drawn(
         monkeypatch.setattr(double, "answer", raising(reported(WorkerFailedError("oh"), sample_reports.failure())))
         with pytest.raises(FlyteUserRuntimeException):
             trained.execute()
-        assert shown() == {}
+        assert decks() == {}
 
 
 def test_a_deck_that_cannot_be_drawn_fails_no_task(
@@ -168,7 +155,7 @@ def test_what_has_no_report_is_raised_and_returned_as_before(
     """A backend of others need not make one."""
     monkeypatch.setattr(double, "answer", returning(None, Deck("curve", "", auto_add_to_deck=False)))
     assert trained.execute() == 7
-    assert list(shown()) == ["curve"]
+    assert list(decks()) == ["curve"]
     monkeypatch.setattr(double, "answer", raising(WorkerFailedError("oh")))
     with pytest.raises(FlyteUserRuntimeException):
         trained.execute()
