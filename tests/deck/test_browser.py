@@ -60,6 +60,10 @@ def test_a_person_can_read_it(chromium: Any, name: str, width: int, dark: bool, 
             assert box["height"] > 30, section
             assert box["x"] >= 0, section
             assert box["x"] + box["width"] <= width, section
+        for section, curves in (("metrics", 1), ("resources", 2 * len(report.samples))):
+            lines = [line.bounding_box() for line in tab.locator(f"#{section} polyline").all()]
+            assert len(lines) >= curves, section
+            assert all(line["width"] > 20 for line in lines), section
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         background = tab.evaluate("getComputedStyle(document.querySelector('.kfr')).backgroundColor")
         lightness = sum(map(int, background.removeprefix("rgb(").removesuffix(")").split(",")))
