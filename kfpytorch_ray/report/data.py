@@ -18,7 +18,7 @@ class Activity(Enum):
     JOINING = "joining Ray"
     PLACING = "placing nodes"
     AGENTS = "starting agents"
-    WORKERS = "starting workers"
+    WORKERS = "starting workers, loading the function"
     RUNNING = "running"
     REPEATED = "running, in rounds that ended early"
     STOPPING = "stopping workers"
