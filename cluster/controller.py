@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from kfpytorch_ray.cluster.causes import failures, root_cause
-from kfpytorch_ray.cluster.failures import launch_error
+from kfpytorch_ray.cluster.failures import last_lines, launch_error
 from kfpytorch_ray.cluster.limits import Limits, Spent
 from kfpytorch_ray.cluster.membership import Loss, Member, Membership
+from kfpytorch_ray.cluster.output import shows
 from kfpytorch_ray.cluster.policy import Finish, Present, Raise, Reason, Retry, Wait, decide, node_ranks
 from kfpytorch_ray.cluster.protocol import AgentSetup
 from kfpytorch_ray.cluster.recording import Recorder
@@ -44,10 +46,19 @@ class Controller:
         membership: Its agents.
         setup: What they were given.
         limits: What bounds it.
+        show: Takes whole lines for whoever waits, and whether they are of standard error.
         recorder: Is told what happens.
     """
 
-    def __init__(self, membership: Membership, setup: AgentSetup, limits: Limits, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        setup: AgentSetup,
+        limits: Limits,
+        show: Callable[[str, bool], None],
+        recorder: Recorder,
+    ) -> None:
+        self._show = show
         self._recorder = recorder
         self._membership = membership
         self._setup = setup
@@ -190,6 +201,8 @@ class Controller:
         record, refs = running.run()
         self.rounds = (*self.rounds, record)
         self._recorder.round_ended(record, [member.number for member in crew], running.said)
+        if lines := last_lines(record, partial(shows, self._setup.logs)):
+            self._show(lines, True)
         return refs
 
     def _say_why(self, spent: Spent) -> None:

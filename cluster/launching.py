@@ -7,6 +7,7 @@ nothing here unpickles the call. Called by the adapter, and on a remote cluster 
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,16 +15,19 @@ from typing import Any
 
 from kfpytorch_ray.cluster.connect import connected
 from kfpytorch_ray.cluster.controller import Controller
-from kfpytorch_ray.cluster.delivery import delivery
 from kfpytorch_ray.cluster.environment import one_thread_each
+from kfpytorch_ray.cluster.failures import kept_logs
 from kfpytorch_ray.cluster.interruption import interruptible
-from kfpytorch_ray.cluster.membership import agents_on
-from kfpytorch_ray.cluster.placement import driver_address, reserved
+from kfpytorch_ray.cluster.log_archive import with_logs
+from kfpytorch_ray.cluster.placement import driver_address
 from kfpytorch_ray.cluster.protocol import AgentSetup
 from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.request import RayRequest
+from kfpytorch_ray.cluster.streaming import output_shown
+from kfpytorch_ray.cluster.warm import crew_for, make_room
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.errors import KfpytorchRayError
+from kfpytorch_ray.errors import KfpytorchRayError, LaunchError
+from kfpytorch_ray.notices import show
 from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.results import RoundRecord
 
@@ -44,7 +48,9 @@ class Launched:
 
 
 def run_request(request: RayRequest, options: RayBackend, *, home: bool = True, backend: str = "") -> Launched:
-    """Run a request to its end, and leave nothing running. What it raises carries the report.
+    """Run a request to its end, and leave nothing running but what ``options`` keep warm.
+
+    What it raises carries the report.
 
     Args:
         request: What is asked.
@@ -63,34 +69,36 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True, 
     try:
         refs, rounds = _run(request, options, home, recorder)
     except KfpytorchRayError as error:
+        if isinstance(error, LaunchError):
+            rounds = with_logs(error.rounds, launch.log_archive)
+            error.add(kept_logs(rounds, launch.log_archive), rounds)
+            recorder.logs_kept(rounds)
         error.report = recorder.report(error)
         raise
+    recorder.logs_kept(rounds)
     return Launched(refs, rounds, recorder.report())
 
 
 def _run(
     request: RayRequest, options: RayBackend, home: bool, recorder: Recorder
 ) -> tuple[Sequence[Any], tuple[RoundRecord, ...]]:
-    demand, launch = request.demand, request.setup
+    demand = request.demand
+    make_room(demand)
     with (
         connected(options, demand.total(demand.max_nodes)) as private,
         interruptible(),
-        reserved(
-            demand, name=launch.name, run_id=launch.run_id, private=private, autoscaling=options.autoscaling
-        ) as reservation,
-        delivery() as output,
-        agents_on(
-            reservation,
-            setup := replace(_joined(request, private, home), output_token=output.token),
-            request.payload,
-            demand.min_nodes,
-            output,
-            recorder,
+        output_shown(show) as output,
+        crew_for(
+            demand,
+            setup := replace(_joined(request, private, home), launch_id=secrets.token_hex(8)),
+            options,
+            private=private,
         ) as membership,
     ):
-        controller = Controller(membership, setup, request.limits, recorder)
+        membership.begin(setup, request.payload, output, recorder)
+        controller = Controller(membership, setup, request.limits, show, recorder)
         refs = controller.run()
-    return refs, controller.rounds
+    return refs, with_logs(controller.rounds, setup.log_archive)
 
 
 def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:

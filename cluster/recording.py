@@ -128,6 +128,12 @@ class Recorder:
         self.spent = after
         self._rounds[-1] = replace(self._rounds[-1], paid="; ".join(paid))
 
+    def logs_kept(self, rounds: Sequence[RoundRecord]) -> None:
+        """What ranks printed was kept where these records of the same rounds say."""
+        for index, (told, record) in enumerate(zip(self._rounds, rounds, strict=False)):
+            ranks = tuple(replace(one, logs=rank.logs) for one, rank in zip(told.ranks, record.ranks, strict=True))
+            self._rounds[index] = replace(told, ranks=ranks)
+
     def report(self, error: Exception | None = None) -> RunReport:
         """What has happened so far; ``error`` is why the launch failed."""
         self.enter(None)
@@ -213,6 +219,7 @@ def _reported_rank(rank: RankRecord, agent: int) -> ReportedRank:
         log_tail=rank.log_tail,
         stacks=rank.stacks,
         step=rank.step,
+        logs=rank.logs,
     )
 
 

@@ -6,7 +6,7 @@ on another machine is fetched is a callable that the backend hands in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -91,6 +91,8 @@ class RankRecord:
         progressed: Whether it called ``progress()`` or wrote a checkpoint in this round.
         step: The last one that it told ``progress()``; None if it told none.
         stacks: Of all its threads, where it hung; empty otherwise.
+        logs: URIs of the files with what it printed in this round, where they are kept: one, or where its node was
+            lost meanwhile up to three, to be read in their order.
         started_at: Seconds since the epoch at which its process was started; None where it never was.
         called_at: Seconds since the epoch at which it began to run the function; None where it never did.
         ended_at: Seconds since the epoch at which its process had ended; None where that is not known. A rank that
@@ -114,6 +116,7 @@ class RankRecord:
     progressed: bool = False
     step: int | None = None
     stacks: str = ""
+    logs: tuple[str, ...] = ()
     started_at: float | None = None
     called_at: float | None = None
     ended_at: float | None = None
@@ -145,6 +148,16 @@ class RoundRecord:
     def succeeded(self) -> bool:
         """Whether every rank returned."""
         return all(rank.outcome is Outcome.SUCCEEDED for rank in self.ranks)
+
+
+def logs_of(rounds: Iterable[RoundRecord]) -> dict[int, tuple[str, ...]]:
+    """URIs of the files with what each rank printed, by rank, in the order of rounds; none where they are not kept."""
+    logs: dict[int, tuple[str, ...]] = {}
+    for record in rounds:
+        for rank in record.ranks:
+            if rank.logs:
+                logs[rank.rank] = (*logs.get(rank.rank, ()), *rank.logs)
+    return dict(sorted(logs.items()))
 
 
 class ElasticResult(Reported, Mapping[int, ElasticWorkerResult]):
@@ -199,3 +212,8 @@ class ElasticResult(Reported, Mapping[int, ElasticWorkerResult]):
     def decks(self) -> list[Deck]:
         """Rank 0's decks; those of rank 1 are ``result[1].decks``."""
         return self[0].decks
+
+    @property
+    def logs(self) -> dict[int, tuple[str, ...]]:
+        """URIs of the files with what each rank printed, by rank, one for each round; none where they are not kept."""
+        return logs_of(self.rounds)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 class Activity(Enum):
     """What a launch does with its time."""
 
-    SUBMITTING = "submitting"
+    SUBMITTING = "submitted, waiting for the driver"
     JOINING = "joining Ray"
     PLACING = "placing nodes"
     AGENTS = "starting agents"
@@ -106,6 +106,7 @@ class ReportedRank:
         log_tail: Last lines of its output.
         stacks: Of its threads, where it hung.
         step: The last one that it told.
+        logs: URIs of the files with all of its output, where they are kept.
     """
 
     rank: int
@@ -121,6 +122,7 @@ class ReportedRank:
     log_tail: tuple[str, ...] = ()
     stacks: str = ""
     step: int | None = None
+    logs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

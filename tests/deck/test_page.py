@@ -109,7 +109,7 @@ def test_a_page_stands_alone(name: str) -> None:
 def test_values_of_users_stay_text() -> None:
     """Whatever a message, a name, a log line, a metric or a host contains, no element comes of it."""
     report = sample_reports.failure(message=f"ValueError: {EVIL}")
-    evil_rank = replace(report.rounds[1].ranks[3], traceback=EVIL, log_tail=(EVIL,), stacks=EVIL)
+    evil_rank = replace(report.rounds[1].ranks[3], traceback=EVIL, log_tail=(EVIL,), stacks=EVIL, logs=(EVIL,))
     evil_round = replace(
         report.rounds[1],
         ranks=(*report.rounds[1].ranks[:3], evil_rank),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from kfpytorch_ray.cluster.remote.job import JobState
 from kfpytorch_ray.cluster.remote.outcome import NOTHING, Record, result_name, write_failure, write_outcome
 from kfpytorch_ray.cluster.remote.received import Received
 from kfpytorch_ray.cluster.spool import map_spooled, spool
+from kfpytorch_ray.report.data import Activity
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import COLLECTED, DRIVER_LOG, MANIFEST, OUTCOME, OUTCOME_RECORD, Manifest
@@ -155,6 +157,13 @@ def test_the_report_comes_home(folder: Storage) -> None:
     told = sample_reports.success()
     write_outcome(folder, RunStatus.SUCCEEDED, Record((), report=told), ((NOTHING.sha256, NOTHING.size_bytes),))
     assert opened(folder).result(keep=True).report == told
+    # The driver's word begins with the driver.
+    later = replace(told, started_at=time.time() + 60)
+    write_outcome(folder, RunStatus.SUCCEEDED, Record((), report=later), ((NOTHING.sha256, NOTHING.size_bytes),))
+    report = opened(folder).result(keep=True).report
+    assert report is not None
+    assert (report.phases[0].activity, report.phases[0].ended_at) == (Activity.SUBMITTING, later.started_at)
+    assert report.started_at == report.phases[0].started_at < later.started_at
     error = NodeLostError("What.", 12.5)
     error.report = sample_reports.failure()
     write_failure(folder, error)
