@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.adapters import kubeflow_findings
 from kfpytorch_ray.adapters.job_message import is_plain_pod, job_message
+from kfpytorch_ray.adapters.kubeflow_report import report_of
 from kfpytorch_ray.adapters.search_path import search_path
 from kfpytorch_ray.adapters.stored_runs import (
     EXAMPLE_IMAGE,
@@ -31,7 +33,7 @@ from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfi
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.cluster.torch_elastic import launch_config, run_node
 from kfpytorch_ray.config import Elastic, KubeflowBackend
-from kfpytorch_ray.errors import ConfigError, ResultError
+from kfpytorch_ray.errors import ConfigError, KfpytorchRayError, ResultError
 from kfpytorch_ray.flyte_worker import (
     UNPICKLABLE_MARKER,
     leave_marker,
@@ -142,9 +144,15 @@ class KubeflowAdapter:
         config = self.build(plan)
         _warn_outside_job(plan)
         entrypoint, args = _entrypoint(plan)
-        with importable(plan.function):
-            outputs = run_node(plan, config, entrypoint, args)
-        return ElasticResult(tuple(outputs), lambda rank: load_result(outputs[rank]))
+        started_at = time.time()
+        try:
+            with importable(plan.function):
+                outputs = run_node(plan, config, entrypoint, args)
+        except KfpytorchRayError as error:
+            error.report = report_of(plan, started_at, (), error)
+            raise
+        report = report_of(plan, started_at, outputs)
+        return ElasticResult(tuple(outputs), lambda rank: load_result(outputs[rank]), report=report)
 
     def start(self, plan: LaunchPlan) -> Run:
         """Create a PyTorchJob for the plan, and return at once.

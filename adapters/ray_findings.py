@@ -16,6 +16,7 @@ from kfpytorch_ray.config import (
     RestartPolicy,
     StoredRunOptions,
 )
+from kfpytorch_ray.rank_decks import CHOICES
 from kfpytorch_ray.storage import problem_of_uri
 from kfpytorch_ray.task_arguments import TaskArguments
 
@@ -99,6 +100,8 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
         )
         if not (is_amount(value) and value) and not (name != "silence_timeout_s" and value is None)
     ]
+    if options.decks not in CHOICES:
+        problems.append(f"{backend}(decks={options.decks!r}): expected {one_of(CHOICES)}")
     failures = options.max_node_failures
     if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
         problems.append(f"{backend}(max_node_failures) must be a whole number that is not negative")

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,9 @@ from kfpytorch_ray.cluster.protocol import (
     SupervisorLostError,
     SupervisorSetup,
 )
+from kfpytorch_ray.cluster.sampling import Sampler, find_gpus, node_facts
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.report.data import NodeFacts
 
 if TYPE_CHECKING:
     from kfpytorch_ray.cluster.spool import Spooled
@@ -102,6 +105,8 @@ class ElasticAgent:
         for folder in self._folders:
             os.mkdir(folder, 0o700)
         self._page = HeartbeatPage.create(self._folder / PAGE_NAME, setup.nproc_per_node)
+        self._sampler = Sampler(self._page)
+        self._facts: NodeFacts | None = None
         self._begin_output(setup)
 
         preload = (*PRELOAD, *setup.preload)
@@ -130,7 +135,7 @@ class ElasticAgent:
             if not self._answered_at:
                 self._page.extend_lease(_now() + _LOAD_S)
 
-    def load(self, setup: AgentSetup, payload: bytes) -> None:
+    def load(self, setup: AgentSetup, payload: bytes) -> NodeFacts:
         """Begin a launch: take the pickled call, once for all rounds, and wait until the fork server is warm.
 
         From now on this agent has to hear from its controller, which counts on it from when it has this answer.
@@ -139,6 +144,11 @@ class ElasticAgent:
             msg = "the payload differs from the one that the driver sent"
             raise ValueError(msg)
         self._payload.write_bytes(payload)
+        if self._facts is None:
+            # While the fork server imports.
+            self._sampler.gpus = find_gpus(os.environ)
+            self._facts = node_facts(self._sampler.gpus)
+        self._sampler.take()
         if setup.launch_id != self._setup.launch_id:
             self._begin_output(setup)
         self._ask(BeginLaunch(setup, str(self._folder_of(setup.launch_id))))
@@ -149,6 +159,7 @@ class ElasticAgent:
             self._answered_at = _now()
             # No later than this: it may have been longer so far.
             self._page.extend_lease(self._answered_at + self._setup.silence_timeout_s)
+        return self._facts
 
     def open_store(self) -> int:
         """Open the store of a round whose rank 0 is here, and say its port."""
@@ -162,14 +173,15 @@ class ElasticAgent:
         with self._turning:
             self._round = index
         try:
-            finished = self._ask(assignment, meanwhile=lambda: self._note_failure(index))
+            with self._sampler.during(index):
+                finished = self._ask(assignment, meanwhile=lambda: self._note_failure(index))
         finally:
             with self._turning:
                 self._round = None
             self._failing[index].set()
         self._results = dict(finished.results)
         report: NodeReport = finished.report
-        return report
+        return replace(report, samples=self._sampler.take())
 
     def wait_for_failure(self, launch_id: str, round_index: int) -> bool:
         """Return when a rank of this node fails in this round, or the round ends here; whether one failed.
@@ -218,7 +230,8 @@ class ElasticAgent:
         """
         self._extend_lease(self._answered_at + self._setup.silence_timeout_s)
         round_index = self._page.round_index
-        pulse = NodePulse(round_index, self._page.idle_s(), round_index is not None and self._listening())
+        listening = round_index is not None and self._listening()
+        pulse = NodePulse(round_index, self._page.idle_s(), listening, self._sampler.take())
         self._answered_at = _now()
         return pulse
 

@@ -23,8 +23,10 @@ from kfpytorch_ray.cluster.membership import Loss, Member, Membership
 from kfpytorch_ray.cluster.output import shows
 from kfpytorch_ray.cluster.policy import Finish, Present, Raise, Reason, Retry, Wait, decide, node_ranks
 from kfpytorch_ray.cluster.protocol import AgentSetup
+from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.rounds import Round
 from kfpytorch_ray.errors import LaunchError, NodeLostError, PlacementTimeoutError, explain
+from kfpytorch_ray.report.data import Activity
 from kfpytorch_ray.results import RoundRecord
 
 logger = logging.getLogger(__name__)
@@ -45,12 +47,19 @@ class Controller:
         setup: What they were given.
         limits: What bounds it.
         show: Takes whole lines for whoever waits, and whether they are of standard error.
+        recorder: Is told what happens.
     """
 
     def __init__(
-        self, membership: Membership, setup: AgentSetup, limits: Limits, show: Callable[[str, bool], None]
+        self,
+        membership: Membership,
+        setup: AgentSetup,
+        limits: Limits,
+        show: Callable[[str, bool], None],
+        recorder: Recorder,
     ) -> None:
         self._show = show
+        self._recorder = recorder
         self._membership = membership
         self._setup = setup
         self._limits = limits
@@ -92,19 +101,27 @@ class Controller:
             losses = self._take_losses()
             match decide(self.rounds, losses, self._spent, self._limits.budgets, self._present()):
                 case Finish():
+                    self._recorder.enter(Activity.ENDING)
                     assert refs is not None
                     return refs
                 case Retry(agents, spent):
                     self._say_why(spent)
-                    self._spent = spent
+                    self._spend(spent)
                 case Wait(spent):
                     self._say_why(spent)
-                    self._spent = spent
+                    self._spend(spent)
                     self._gather(0.0)
                     agents = node_ranks(self._present())
                 case Raise(reason, spent):
+                    self._spend(spent, reason.value)
+                    self._recorder.enter(Activity.ENDING)
                     error = self._failure(reason, spent)
                     raise error from error.__cause__
+
+    def _spend(self, spent: Spent, refused: str = "") -> None:
+        """Pay for the round that has ended."""
+        self._recorder.decided(spent, refused)
+        self._spent = spent
 
     def _crew(self, agents: Sequence[int]) -> list[Member]:
         by_number = {member.number: member for member in self._membership.ready()}
@@ -172,7 +189,7 @@ class Controller:
         return NodeLostError(message, time.time(), self.rounds)
 
     def _charge(self, lost: int) -> None:
-        self._spent = Spent(self._spent.restarts, self._spent.node_failures + lost)
+        self._recorder.spent = self._spent = Spent(self._spent.restarts, self._spent.node_failures + lost)
         if self._spent.node_failures > self._limits.budgets.max_node_failures:
             error = self._failure(Reason.NODE_FAILURES_SPENT, self._spent)
             raise error from error.__cause__
@@ -180,8 +197,10 @@ class Controller:
     def _run_round(self, crew: Sequence[Member]) -> list[ray.ObjectRef[Any]] | None:
         index = len(self.rounds)
         running = Round(index, crew, self._spent.restarts, self._deadline, self._membership, self._setup, self._limits)
+        self._recorder.enter(None)
         record, refs = running.run()
         self.rounds = (*self.rounds, record)
+        self._recorder.round_ended(record, [member.number for member in crew], running.said)
         if lines := last_lines(record, partial(shows, self._setup.logs)):
             self._show(lines, True)
         return refs

@@ -21,12 +21,14 @@ from kfpytorch_ray.cluster.interruption import interruptible
 from kfpytorch_ray.cluster.log_archive import with_logs
 from kfpytorch_ray.cluster.placement import driver_address
 from kfpytorch_ray.cluster.protocol import AgentSetup
+from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.cluster.streaming import output_shown
 from kfpytorch_ray.cluster.warm import crew_for, make_room
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.errors import LaunchError
+from kfpytorch_ray.errors import KfpytorchRayError, LaunchError
 from kfpytorch_ray.notices import show
+from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.results import RoundRecord
 
 
@@ -37,20 +39,25 @@ class Launched:
     Attributes:
         refs: A reference to every rank's spooled result, by rank.
         rounds: What became of every rank, one record for each round.
+        report: What happened.
     """
 
     refs: Sequence[Any]
     rounds: tuple[RoundRecord, ...]
+    report: RunReport
 
 
-def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) -> Launched:
+def run_request(request: RayRequest, options: RayBackend, *, home: bool = True, backend: str = "") -> Launched:
     """Run a request to its end, and leave nothing running but what ``options`` keep warm.
+
+    What it raises carries the report.
 
     Args:
         request: What is asked.
         options: Which Ray, and how it is joined.
         home: Whether this process is the one that the results are for, and the modules of the call are found by its
             search path. Files that rank 0 returns are uploaded otherwise.
+        backend: Whose run it is, where that is not the options'.
 
     Raises:
         ConfigError: The Ray cannot be joined by a driver, or does not take the amounts.
@@ -58,15 +65,23 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
         LaunchError: A rank or a node failed.
     """
     launch = request.setup
+    recorder = Recorder(launch.name, launch.run_id, backend or options.name, request.limits.budgets)
     try:
-        return _run(request, options, home)
-    except LaunchError as error:
-        rounds = with_logs(error.rounds, launch.log_archive)
-        error.add(kept_logs(rounds, launch.log_archive), rounds)
+        refs, rounds = _run(request, options, home, recorder)
+    except KfpytorchRayError as error:
+        if isinstance(error, LaunchError):
+            rounds = with_logs(error.rounds, launch.log_archive)
+            error.add(kept_logs(rounds, launch.log_archive), rounds)
+            recorder.logs_kept(rounds)
+        error.report = recorder.report(error)
         raise
+    recorder.logs_kept(rounds)
+    return Launched(refs, rounds, recorder.report())
 
 
-def _run(request: RayRequest, options: RayBackend, home: bool) -> Launched:
+def _run(
+    request: RayRequest, options: RayBackend, home: bool, recorder: Recorder
+) -> tuple[Sequence[Any], tuple[RoundRecord, ...]]:
     demand = request.demand
     make_room(demand)
     with (
@@ -80,10 +95,10 @@ def _run(request: RayRequest, options: RayBackend, home: bool) -> Launched:
             private=private,
         ) as membership,
     ):
-        membership.begin(setup, request.payload, output)
-        controller = Controller(membership, setup, request.limits, show)
+        membership.begin(setup, request.payload, output, recorder)
+        controller = Controller(membership, setup, request.limits, show, recorder)
         refs = controller.run()
-    return Launched(refs, with_logs(controller.rounds, setup.log_archive))
+    return refs, with_logs(controller.rounds, setup.log_archive)
 
 
 def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:

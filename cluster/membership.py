@@ -26,9 +26,11 @@ from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
 from kfpytorch_ray.cluster.pulse import Pulse
+from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
 from kfpytorch_ray.errors import LaunchError, explain
+from kfpytorch_ray.report.data import Activity
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,7 @@ class Membership:
     _setup: AgentSetup
     _payload: Any
     _output: OutputStream
+    _recorder: Recorder
     _pulse: Pulse
 
     def __init__(self, reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> None:
@@ -124,23 +127,27 @@ class Membership:
         self._looked_at = float("-inf")
         self._begun = False
 
-    def begin(self, setup: AgentSetup, payload: bytes, output: OutputStream) -> None:
+    def begin(self, setup: AgentSetup, payload: bytes, output: OutputStream, recorder: Recorder) -> None:
         """Begin a launch; agents that are there are given it, others are started by ``refresh``.
 
         Args:
             setup: What each is given.
             payload: The pickled call.
             output: Prints what their ranks print.
+            recorder: Is told who they are and what becomes of them.
         """
         self._setup = setup
         self._payload = ray.put(payload)
         self._output = output
-        self._pulse = Pulse(self._silence_timeout_s)
+        self._recorder = recorder
+        recorder.enter(Activity.PLACING)
+        self._pulse = Pulse(self._silence_timeout_s, lambda pulse: recorder.sampled(pulse.samples))
         self._begun = True
         self._losses = []
         for member in self._members.values():
             member.ready, member.rested = False, True
             self._load(member)
+            recorder.agent_started(member.number, member.address, member.slot.resources)
 
     def rest(self, keep_s: float) -> bool:
         """End a launch whose rounds are over, and keep its agents for another one.
@@ -233,6 +240,7 @@ class Membership:
         # Ray's messages are lists over many lines.
         member.lost_because = " ".join(str(error).split())
         self._losses.append(Loss(member.address, member.lost_because, charged))
+        self._recorder.agent_gone(member.number, member.lost_because)
 
     def wait(self, timeout_s: float) -> None:
         """Return when an agent has started or failed to, or after ``timeout_s``."""
@@ -296,6 +304,7 @@ class Membership:
         handle: Any = actor.remote(self._setup, address)
         handle.expect_load.remote()
         member = Member(next(self._numbers), slot, address, handle)
+        self._recorder.agent_started(member.number, address, slot.resources)
         self._load(member)
         return member
 
@@ -310,7 +319,7 @@ class Membership:
             if not self.has(member):
                 continue
             try:
-                ray.get(ref)
+                facts = ray.get(ref)
             except SupervisorLostError:
                 self.lose(member, "its supervisor process died")
             except RayError as error:
@@ -320,6 +329,7 @@ class Membership:
                 self.lose(member, error)
             else:
                 member.ready = True
+                self._recorder.agent_ready(member.number, facts)
                 self._pulse.watch(member.number, member.handle)
                 if self._setup.logs != "none":
                     self._output.follow(member.number, member.handle, member.address)
@@ -349,6 +359,7 @@ class Membership:
         self._pulse.forget(member.number)
         self._output.give_up(member.number)
         del self._members[member.slot.index]
+        self._recorder.agent_gone(member.number)
         self._reservation.lost(member.slot.index, gone=gone)
         _kill(member.handle)
 

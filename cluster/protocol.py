@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from kfpytorch_ray.config import DEFAULT_MAX_LOG_BYTES
 from kfpytorch_ray.plan import Contract, FlyteContext
+from kfpytorch_ray.rank_decks import RANK_0
+from kfpytorch_ray.report.data import RankDeck, Sample
 from kfpytorch_ray.results import RankRecord, Stage
 
 
@@ -39,6 +41,7 @@ class AgentSetup:
         logs: Whose lines the driver prints: ``"rank0"``, ``"all"`` or ``"none"``.
         max_log_bytes: Largest file of one rank's lines in one round.
         log_archive: URI of the folder where these files are kept; empty: nowhere.
+        decks: Whose decks come home: one of ``kfpytorch_ray.rank_decks.CHOICES``.
     """
 
     name: str
@@ -60,6 +63,7 @@ class AgentSetup:
     logs: str = "rank0"
     max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
     log_archive: str = ""
+    decks: str = RANK_0
 
     def same_agent(self, other: AgentSetup) -> bool:
         """Whether the agents of one launch can serve the other.
@@ -101,19 +105,30 @@ class NodePulse:
         round_index: Of the round that runs; None between rounds.
         idle_s: Seconds since a worker of this agent last made progress, or since the round started here.
         listening: Whether a worker has asked ``stop_requested()`` in this round.
+        samples: What ranks used since the pulse before.
     """
 
     round_index: int | None
     idle_s: float
     listening: bool
+    samples: tuple[tuple[int, Sample], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """How the workers of one agent ended in one round."""
+    """How the workers of one agent ended in one round.
+
+    Attributes:
+        node_rank: Of the agent.
+        ranks: By local rank.
+        decks: That they have left.
+        samples: What they used, as far as no pulse has said it.
+    """
 
     node_rank: int
     ranks: tuple[RankRecord, ...]
+    decks: tuple[RankDeck, ...] = ()
+    samples: tuple[tuple[int, Sample], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +149,8 @@ class WorkerSpec:
         flyte: Its Flyte context.
         upload_files: Whether it uploads files that it returns.
         stacks: File for the stacks of its threads, when it is asked for them.
+        decks: File for its decks; empty where nobody wants them.
+        all_decks: Whether they are wanted however it ends.
     """
 
     environment: Mapping[str, str]
@@ -149,6 +166,8 @@ class WorkerSpec:
     flyte: FlyteContext
     upload_files: bool
     stacks: str
+    decks: str = ""
+    all_decks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

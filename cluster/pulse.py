@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +49,11 @@ class Pulse:
 
     Args:
         silence_timeout_s: Seconds without an answer after which an agent counts as silent.
+        heard: Is given every answer, in the thread.
     """
 
-    def __init__(self, silence_timeout_s: float) -> None:
+    def __init__(self, silence_timeout_s: float, heard: Callable[[NodePulse], None] = lambda _: None) -> None:
+        self._heard = heard
         self._silence_timeout_s = silence_timeout_s
         self._interval_s = silence_timeout_s / _PULSES_PER_TIMEOUT
         self._watched: dict[int, _Watched] = {}
@@ -132,6 +135,8 @@ class Pulse:
                 answer = ray.get(ref)
             except RayError as caught:
                 error = caught
+            if answer is not None:
+                self._heard(answer)
             with self._lock:
                 watched.asked = None
                 watched.error = error

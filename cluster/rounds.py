@@ -76,6 +76,8 @@ class Round:
         self._returned_unasked: frozenset[int] = frozenset()
         self._listening = False
         self._reports: dict[int, NodeReport] = {}
+        self.said: list[NodeReport] = []
+        """What agents have said of their ranks so far, also of those whose node was lost later."""
         self._ending = Ending.SUCCEEDED
         self._stop_at = math.inf
         self._stopped_at: float | None = None
@@ -163,6 +165,7 @@ class Round:
             self._end(Ending.NODE_LOST)
             return
         self._reports[node_rank] = report
+        self.said.append(report)
         if {rank.outcome for rank in report.ranks} - {Outcome.SUCCEEDED, Outcome.STOPPED}:
             self._fail()
         elif self._asked is None and any(rank.outcome is Outcome.STOPPED for rank in report.ranks):

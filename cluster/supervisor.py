@@ -18,6 +18,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from kfpytorch_ray import rank_decks
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
 from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
 from kfpytorch_ray.cluster.guardian import kill_all, strays
@@ -41,6 +42,7 @@ from kfpytorch_ray.cluster.protocol import (
 )
 from kfpytorch_ray.cluster.records import Traces, record_of
 from kfpytorch_ray.cluster.worker_failure import read_failure
+from kfpytorch_ray.flyte_worker import CALLED_MARKER, marked_at
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, PAGE_VARIABLE, Beat, HeartbeatPage
 
 _STRAYS_WAIT_S = 5.0
@@ -103,6 +105,8 @@ class _Supervisor:
         folder.mkdir()
         stems = {rank: f"{assignment.round_index}-{rank}" for rank in range(setup.nproc_per_node)}
         failures = {rank: folder / f"failure-{rank}" for rank in stems}
+        first = assignment.node_rank * setup.nproc_per_node
+        decks = {rank: rank_decks.file_of(folder, setup.decks, first + rank, rank) for rank in stems}
 
         def make_spec(rank: int, environment: Mapping[str, str], stdout: str, stderr: str) -> WorkerSpec:
             return WorkerSpec(
@@ -119,6 +123,8 @@ class _Supervisor:
                 flyte=setup.flyte,
                 upload_files=given.address != setup.driver_address and environment["RANK"] == "0",
                 stacks=str(folder / f"stacks-{rank}"),
+                decks=decks[rank],
+                all_decks=setup.decks == rank_decks.ALL,
             )
 
         agent = RoundAgent(
@@ -154,7 +160,7 @@ class _Supervisor:
         records = tuple(
             record_of(
                 self._traces(agent, rank, failures[rank], beats[rank], started_at),
-                rank=assignment.node_rank * setup.nproc_per_node + rank,
+                rank=first + rank,
                 local_rank=rank,
                 node_rank=assignment.node_rank,
                 node=given.address,
@@ -167,16 +173,20 @@ class _Supervisor:
             for path in (Path(parent) / stem for parent in given.result_folders)
             if path.exists()
         }
-        return Finished(NodeReport(assignment.node_rank, records), results)
+        left = tuple(deck for path in decks.values() for deck in rank_decks.read(path))
+        return Finished(NodeReport(assignment.node_rank, records, left), results)
 
     def _traces(self, agent: RoundAgent, rank: int, failure: Path, beat: Beat, started_at: float) -> Traces:
+        workers = agent.workers
         return Traces(
             ended=agent.ended().get(rank),
             failure=read_failure(failure),
             beat=beat,
             last_sign=_last_sign(beat, started_at),
-            stdout=None if agent.workers is None else agent.workers.stdouts[rank],
-            stderr=None if agent.workers is None else agent.workers.stderrs[rank],
+            stdout=None if workers is None else workers.stdouts[rank],
+            stderr=None if workers is None else workers.stderrs[rank],
+            started_at=None if workers is None else workers.started_at.get(rank),
+            called_at=None if workers is None else marked_at(workers.error_files[rank], CALLED_MARKER),
         )
 
     def finish_output(self) -> None:

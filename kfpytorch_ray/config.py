@@ -192,6 +192,8 @@ class RayRunOptions(CallOptions):
         grow_cooldown_s: Shortest time that a round runs before it is ended because more nodes have arrived.
         hang_timeout_s: Seconds without ``kfpytorch_ray.progress()`` or a checkpoint by any rank after which the round
             fails, with the stacks of all ranks. None: no limit.
+        decks: Whose flytekit decks the task shows: ``"rank0"``, or ``"all"`` ranks', named by rank, also of those that
+            failed or were stopped. They are kept in files on their way, so they cost disk and time.
         logs: Whose lines the driver prints, as ``[rank 3 | node 1] ...``: ``"rank0"``, ``"all"`` or ``"none"``. The
             last lines of ranks that fail are printed in any case.
         max_log_bytes: Largest file of what one rank prints in one round. Of more, the beginning (half of it) and the
@@ -208,6 +210,7 @@ class RayRunOptions(CallOptions):
     checkpoint_grace_s: float = 30.0
     grow_cooldown_s: float = 60.0
     hang_timeout_s: float | None = None
+    decks: str = "rank0"
     logs: str = LOGS[0]
     max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
     log_folder: str | None = None

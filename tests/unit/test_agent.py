@@ -37,6 +37,7 @@ from kfpytorch_ray.cluster.stacks import find_py_spy
 from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
 from kfpytorch_ray.payload import dump_payload
 from kfpytorch_ray.plan import Contract, FlyteContext
+from kfpytorch_ray.report.data import NodeFacts, RankDeck
 from kfpytorch_ray.results import Outcome, RankRecord
 from kfpytorch_ray.testing import wait_until
 from kfpytorch_ray.testing.processes import all_processes
@@ -83,6 +84,7 @@ class Agent:
     folder: Path
     names: set[str] = field(default_factory=set)
     rounds: Iterator[int] = field(default_factory=itertools.count)
+    facts: NodeFacts = field(default_factory=NodeFacts)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _answers: dict[int, Future[Any]] = field(default_factory=dict)
 
@@ -219,7 +221,7 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
     try:
         setup = AgentSetup(**{**settings, **changes})
         ours.send(setup)
-        agent.call("load", setup, payload)
+        agent.facts = agent.call("load", setup, payload)
         assert len(agent.folders()) == 2
         yield agent
     finally:
@@ -260,6 +262,60 @@ def test_records_say_how_far_a_rank_came(agent: Agent) -> None:
     assert (one.progressed, one.step) == (True, 4)
     assert (other.progressed, other.step) == (False, None)
     assert {(rank.progressed, rank.step) for rank in agent.run("return None", "return None")} == {(False, None)}
+
+
+def test_what_ranks_use_and_when_they_ran_comes_home(agent: Agent) -> None:
+    """Their memory by pulses while they run, and with the report what no pulse has said; times in their order."""
+    index, running = agent.start_round(
+        "held = bytearray(150 * 2**20); say('held', 1); hear('go')", "hear('go'); print('last words')"
+    )
+    agent.said("held")
+    seen: list[Any] = []
+
+    def held() -> bool:
+        seen.extend(agent.call("pulse").samples)
+        return any(rank == 0 and sample.memory_bytes > 150 * 2**20 for rank, sample in seen)
+
+    until(held)
+    (agent.folder / "said-go").touch()
+    report = running.result(60)
+    seen.extend(report.samples)
+    assert {rank for rank, _ in seen} == {0, 1}
+    assert {sample.round_index for _, sample in seen} == {index}
+    assert len(seen) == len({(rank, sample.at) for rank, sample in seen})
+    for rank in report.ranks:
+        assert rank.started_at < rank.called_at < rank.ended_at
+        of_rank = [sample.at for number, sample in seen if number == rank.rank]
+        assert of_rank == sorted(of_rank)
+        assert rank.started_at < of_rank[0]
+        assert of_rank[-1] < rank.ended_at
+    assert report.ranks[1].log_tail == ("last words",)
+
+
+def test_rank_0s_decks_come_home_where_it_fails(agent: Agent) -> None:
+    """A rank that returns brings them with its result; the other ranks' are not asked for."""
+    draw = "import flytekit; flytekit.Deck('curve', f'<p>{rank}</p>'); "
+    _, failed = agent.start_round(f"{draw}raise ValueError('oh')", f"{draw}time.sleep(600)")
+    assert failed.result(60).decks == (RankDeck(0, "curve", "<p>0</p>"),)
+    _, returned = agent.start_round(f"{draw}return 1", f"{draw}return 1")
+    assert returned.result(60).decks == ()
+
+
+def test_decks_of_all_ranks_come_home_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Of one that raised, and of one that was stopped for it and could write nothing by then."""
+    draw = "import flytekit; flytekit.Deck('curve', f'<p>{rank}</p>'); "
+    with agent_in(tmp_path, decks="all") as agent:
+        wait = f"from pathlib import Path\nwhile not [*Path({str(tmp_path)!r}).glob('kfpytorch_ray-*/*/decks-0')]: pass"
+        _, failed = agent.start_round(f"{draw}time.sleep(600)", f"{draw}\n{wait}\nraise ValueError('oh')")
+        report = failed.result(60)
+    assert [rank.outcome for rank in report.ranks] == [Outcome.STOPPED, Outcome.RAISED]
+    assert report.decks == (RankDeck(0, "curve", "<p>0</p>"), RankDeck(1, "curve", "<p>1</p>"))
+
+
+def test_an_agent_says_what_its_node_is(agent: Agent) -> None:
+    """When it has loaded everything."""
+    assert agent.facts.cpus >= 1
+    assert "torch" in dict(agent.facts.versions)
 
 
 def test_a_rank_that_leaves_when_it_is_asked_to_has_not_succeeded(agent: Agent) -> None:
