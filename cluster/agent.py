@@ -18,6 +18,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from kfpytorch_ray.cluster.environment import node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
 from kfpytorch_ray.cluster.log_archive import LogArchive
+from kfpytorch_ray.cluster.metrics_source import MetricsSource
 from kfpytorch_ray.cluster.output import LOGS, SPOOL
 from kfpytorch_ray.cluster.output_spool import Cursor, OutputChunk, OutputSource
 from kfpytorch_ray.cluster.protocol import (
@@ -42,6 +44,7 @@ from kfpytorch_ray.cluster.protocol import (
     SupervisorSetup,
 )
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.metric_page import METRICS_NAME, MetricPage
 
 if TYPE_CHECKING:
     from kfpytorch_ray.cluster.spool import Spooled
@@ -100,6 +103,7 @@ class ElasticAgent:
         for name in (LOGS, SPOOL):
             os.mkdir(self._folder / name)
         self._page = HeartbeatPage.create(self._folder / PAGE_NAME, setup.nproc_per_node)
+        self._metrics = MetricsSource(MetricPage.create(self._folder / METRICS_NAME))
         self._output = OutputSource(self._folder / SPOOL)
         self._archive = LogArchive(self._folder / LOGS, setup.log_archive)
 
@@ -156,6 +160,8 @@ class ElasticAgent:
         """Run one round to its end, by itself or by ``stop_round``."""
         self._drop_results()
         index = assignment.round_index
+        if assignment.node_rank == 0:
+            self._metrics.begin(index)
         with self._turning:
             self._round = index
         try:
@@ -166,7 +172,7 @@ class ElasticAgent:
             self._failing[index].set()
         self._results = dict(finished.results)
         report: NodeReport = finished.report
-        return report
+        return replace(report, points=self._metrics.end())
 
     def wait_for_failure(self, round_index: int) -> bool:
         """Return when a rank of this node fails in this round, or the round ends here; whether one failed.
@@ -209,7 +215,13 @@ class ElasticAgent:
         """
         self._extend_lease(self._answered_at + self._setup.silence_timeout_s)
         round_index = self._page.round_index
-        pulse = NodePulse(round_index, self._page.idle_s(), round_index is not None and self._listening())
+        pulse = NodePulse(
+            round_index=round_index,
+            idle_s=self._page.idle_s(),
+            listening=round_index is not None and self._listening(),
+            alive=sum(beat.pid is not None and not beat.ended for beat in self._page.read()),
+            points=self._metrics.next(),
+        )
         self._answered_at = _now()
         return pulse
 

@@ -24,7 +24,7 @@ from kfpytorch_ray.cluster.protocol import AgentSetup
 from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import LaunchError
-from kfpytorch_ray.notices import show
+from kfpytorch_ray.live.choice import live
 from kfpytorch_ray.results import RoundRecord
 
 
@@ -67,16 +67,17 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
 def _run(request: RayRequest, options: RayBackend, home: bool) -> Launched:
     demand, launch = request.demand, request.setup
     with (
+        live(launch.name, launch.run_id) as shown,
         connected(options, demand.total(demand.max_nodes)) as private,
         interruptible(),
         reserved(
             demand, name=launch.name, run_id=launch.run_id, private=private, autoscaling=options.autoscaling
         ) as reservation,
         agents_on(
-            reservation, setup := _joined(request, private, home), request.payload, demand.min_nodes, show
+            reservation, setup := _joined(request, private, home), request.payload, demand.min_nodes, shown
         ) as membership,
     ):
-        controller = Controller(membership, setup, request.limits, show)
+        controller = Controller(membership, setup, request.limits, shown)
         refs = controller.run()
     return Launched(refs, with_logs(controller.rounds, setup.log_archive))
 

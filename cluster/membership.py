@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from kfpytorch_ray.cluster.pulse import Pulse
 from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
 from kfpytorch_ray.errors import LaunchError, explain
+from kfpytorch_ray.live.view import Live
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +103,19 @@ class Membership:
         payload: A reference to the pickled call.
         min_nodes: As many agents are needed.
         output: Prints what their ranks print.
+        live: Is told what agents answer.
     """
 
     def __init__(
-        self, reservation: Reservation, setup: AgentSetup, payload: Any, min_nodes: int, output: OutputStream
+        self,
+        reservation: Reservation,
+        setup: AgentSetup,
+        payload: Any,
+        min_nodes: int,
+        output: OutputStream,
+        live: Live,
     ) -> None:
+        self._live = live
         self._reservation = reservation
         self._setup = setup
         self._payload = payload
@@ -116,7 +125,7 @@ class Membership:
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
         self._numbers = itertools.count()
-        self._pulse = Pulse(setup.silence_timeout_s)
+        self._pulse = Pulse(setup.silence_timeout_s, self._heard)
         self._notices = _Notices()
         self._losses: list[Loss] = []
         self._looked_at = float("-inf")
@@ -149,6 +158,13 @@ class Membership:
             for _, member in sorted(self._members.items())
             if member.ready and member.slot.node_id not in self._notices.draining
         ]
+
+    def placed(self) -> int:
+        """How many agents there are, ready or on their way."""
+        return len(self._members)
+
+    def _heard(self, agent: int, pulse: NodePulse) -> None:
+        self._live.heard(agent, pulse.round_index, pulse.alive, pulse.points)
 
     def starting(self) -> bool:
         """Whether an agent is on its way."""
@@ -299,6 +315,7 @@ class Membership:
     def _drop(self, member: Member, *, gone: bool) -> None:
         self._pulse.forget(member.number)
         self._output.give_up(member.number)
+        self._live.forget(member.number)
         del self._members[member.slot.index]
         self._reservation.lost(member.slot.index, gone=gone)
         _kill(member.handle)
@@ -319,7 +336,7 @@ def agents_on(
     setup: AgentSetup,
     payload: bytes,
     min_nodes: int,
-    show: Callable[[str, bool], None],
+    live: Live,
 ) -> Iterator[Membership]:
     """Have agents wherever nodes are reserved; they and their workers end with the context.
 
@@ -328,10 +345,10 @@ def agents_on(
         setup: What each is given.
         payload: The pickled call.
         min_nodes: As many are needed.
-        show: Takes what their ranks print: whole lines, and whether they are of standard error.
+        live: Shows where the launch stands, and what their ranks print.
     """
-    output = OutputStream(show)
-    membership = Membership(reservation, setup, ray.put(payload), min_nodes, output)
+    output = OutputStream(live.show)
+    membership = Membership(reservation, setup, ray.put(payload), min_nodes, output, live)
     try:
         yield membership
     finally:

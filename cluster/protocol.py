@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kfpytorch_ray.config import DEFAULT_MAX_LOG_BYTES
+from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.results import RankRecord, Stage
 
@@ -89,19 +90,31 @@ class NodePulse:
         round_index: Of the round that runs; None between rounds.
         idle_s: Seconds since a worker of this agent last made progress, or since the round started here.
         listening: Whether a worker has asked ``stop_requested()`` in this round.
+        alive: Workers of this agent whose process runs.
+        points: What rank 0 has told by ``progress()`` since the last answer that is known to have arrived, if it is
+            here; some may come twice.
     """
 
     round_index: int | None
     idle_s: float
     listening: bool
+    alive: int = 0
+    points: tuple[MetricPoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """How the workers of one agent ended in one round."""
+    """How the workers of one agent ended in one round.
+
+    Attributes:
+        node_rank: Of the agent.
+        ranks: How they ended.
+        points: As in ``NodePulse``: the last ones of the round.
+    """
 
     node_rank: int
     ranks: tuple[RankRecord, ...]
+    points: tuple[MetricPoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

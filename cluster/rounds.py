@@ -21,6 +21,7 @@ from kfpytorch_ray.cluster.limits import Limits
 from kfpytorch_ray.cluster.membership import Member, Membership
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodeReport, RoundAssignment, SupervisorLostError
 from kfpytorch_ray.errors import LaunchError, explain
+from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class Round:
         self._returned_unasked: frozenset[int] = frozenset()
         self._listening = False
         self._reports: dict[int, NodeReport] = {}
+        self.points: tuple[MetricPoint, ...] = ()
+        """What rank 0 told last, once the round is over."""
         self._ending = Ending.SUCCEEDED
         self._stop_at = math.inf
         self._stopped_at: float | None = None
@@ -155,6 +158,7 @@ class Round:
             self._end(Ending.NODE_LOST)
             return
         self._reports[node_rank] = report
+        self.points = report.points or self.points
         if {rank.outcome for rank in report.ranks} - {Outcome.SUCCEEDED, Outcome.STOPPED}:
             self._fail()
         elif self._asked is None and any(rank.outcome is Outcome.STOPPED for rank in report.ranks):

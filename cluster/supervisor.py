@@ -41,6 +41,7 @@ from kfpytorch_ray.cluster.protocol import (
 from kfpytorch_ray.cluster.records import Traces, record_of
 from kfpytorch_ray.cluster.worker_failure import read_failure
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, PAGE_VARIABLE, Beat, HeartbeatPage
+from kfpytorch_ray.metric_page import METRICS_NAME, MetricPage
 
 _STRAYS_WAIT_S = 5.0
 _OUTPUT_WAIT_S = 5.0
@@ -85,6 +86,7 @@ class _Supervisor:
     def __post_init__(self) -> None:
         self.page_path = Path(self.given.folder, PAGE_NAME)
         self.page = HeartbeatPage.open(self.page_path)
+        self.metrics = MetricPage.open(self.page_path.with_name(METRICS_NAME))
         self.spool = OutputSpool(Path(self.given.folder, SPOOL))
 
     def answer(self, request: OpenStore | RoundAssignment) -> int | Finished:
@@ -138,6 +140,7 @@ class _Supervisor:
             ),
         )
         started_at = time.time()
+        self.metrics.start_round(assignment.round_index)
         self.page.start_round(assignment.round_index)
         try:
             # The store stays open: other nodes may still train when this one's workers have returned.

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from flytekit import Deck
 from flytekit.core.context_manager import OutputMetadata
 
+from kfpytorch_ray.metrics import MetricPoint
+
 
 class ElasticWorkerResult(NamedTuple):
     """What one worker process brings home.
@@ -124,6 +126,7 @@ class RoundRecord:
         ended_at: Seconds since the epoch.
         ranks: How every rank ended, by rank.
         ending: Why the round ended.
+        metrics: What rank 0 told by ``progress()``, in its order; at most 1000 points, evenly.
     """
 
     index: int
@@ -133,6 +136,7 @@ class RoundRecord:
     ended_at: float
     ranks: tuple[RankRecord, ...]
     ending: Ending = Ending.SUCCEEDED
+    metrics: tuple[MetricPoint, ...] = ()
 
     @property
     def succeeded(self) -> bool:
