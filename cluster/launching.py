@@ -67,7 +67,7 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
 def _run(request: RayRequest, options: RayBackend, home: bool) -> Launched:
     demand, launch = request.demand, request.setup
     with (
-        live(launch.name, launch.run_id) as shown,
+        live(launch.name, launch.known_as or launch.run_id) as shown,
         connected(options, demand.total(demand.max_nodes)) as private,
         interruptible(),
         reserved(

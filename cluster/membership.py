@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -21,6 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kfpytorch_ray.cluster.agent import ElasticAgent
+from kfpytorch_ray.cluster.inspection import NAMESPACE, AgentName
 from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
@@ -32,9 +34,9 @@ from kfpytorch_ray.live.view import Live
 
 logger = logging.getLogger(__name__)
 
-_AGENT_THREADS = 8
+_AGENT_THREADS = 12
 """Calls that an agent answers at once: the round, the waits for its failure and for lines, and beside them pulse, stop,
-shutdown."""
+shutdown, and looks at its ranks."""
 _END_WAIT_S = 30.0
 """Longest wait for an agent to stop its workers and remove its files, beyond the grace."""
 _LOOK_S = 1.0
@@ -125,6 +127,7 @@ class Membership:
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
         self._numbers = itertools.count()
+        self._launch = secrets.token_hex(4)
         self._pulse = Pulse(setup.silence_timeout_s, self._heard)
         self._notices = _Notices()
         self._losses: list[Loss] = []
@@ -257,6 +260,7 @@ class Membership:
 
     def _start(self, slot: Slot, address: str) -> Member:
         amounts = dict(slot.resources)
+        number = next(self._numbers)
         actor: Any = ray.remote(ElasticAgent).options(
             num_cpus=amounts.pop("CPU", 0),
             num_gpus=amounts.pop("GPU", 0),
@@ -264,10 +268,13 @@ class Membership:
             resources=amounts,
             max_concurrency=_AGENT_THREADS,
             scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, slot.bundle),
+            # So that others can look inside its ranks.
+            name=str(AgentName(self._setup.known_as or self._setup.run_id, self._launch, number)),
+            namespace=NAMESPACE,
         )
         handle: Any = actor.remote(self._setup, address)
         handle.expect_load.remote()
-        return Member(next(self._numbers), slot, address, handle, handle.load.remote(self._payload))
+        return Member(number, slot, address, handle, handle.load.remote(self._payload))
 
     def _take_in(self) -> None:
         starting = {member.started: member for member in self._members.values() if not member.ready}

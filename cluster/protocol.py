@@ -39,6 +39,7 @@ class AgentSetup:
         logs: Whose lines the driver prints: ``"rank0"``, ``"all"`` or ``"none"``.
         max_log_bytes: Largest file of one rank's lines in one round.
         log_archive: URI of the folder where these files are kept; empty: nowhere.
+        known_as: By which people know the run; empty: by ``run_id``.
     """
 
     name: str
@@ -59,6 +60,7 @@ class AgentSetup:
     logs: str = "rank0"
     max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
     log_archive: str = ""
+    known_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
