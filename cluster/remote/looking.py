@@ -58,9 +58,6 @@ def _ask(client: JobClient, folder: Storage, env: dict[str, Any], question: tupl
     try:
         client.wait_until_over(job_id, _TIMEOUT_S)
         said = folder.read(name)
-        if said is None:
-            last = str(client.get_job_logs(job_id)).strip().splitlines()[-1:] or ["it has printed nothing"]
-            raise _cannot(client, last[0])
     except BaseException as error:
         with contextlib.suppress(KfpytorchRayError):
             client.stop_job(job_id)
@@ -70,6 +67,9 @@ def _ask(client: JobClient, folder: Storage, env: dict[str, Any], question: tupl
     finally:
         with contextlib.suppress(StorageError):
             folder.remove(name)
+    if said is None:
+        last = str(client.get_job_logs(job_id)).strip().splitlines()[-1:] or ["it has printed nothing"]
+        raise _cannot(client, last[0])
     client.forget(job_id)
     answer = json.loads(said)
     if "unknown" in answer:
