@@ -16,10 +16,12 @@ from kfpytorch_ray.cluster.causes import failures, root_cause
 from kfpytorch_ray.cluster.limits import Budgets, Spent
 from kfpytorch_ray.cluster.protocol import NodeReport
 from kfpytorch_ray.cluster.sampling import RankSample, installed_versions
+from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.report.data import (
     Activity,
     Budget,
     Failure,
+    Metric,
     NodeFacts,
     Phase,
     RankDeck,
@@ -181,6 +183,7 @@ def reported_round(record: RoundRecord, agents: Sequence[int]) -> ReportedRound:
         nodes=tuple(agents),
         ranks=tuple(_reported_rank(rank, agents[rank.node_rank]) for rank in record.ranks),
         cause=cause,
+        metrics=_metrics(record.metrics),
     )
 
 
@@ -221,6 +224,15 @@ def _reported_rank(rank: RankRecord, agent: int) -> ReportedRank:
         step=rank.step,
         logs=rank.logs,
     )
+
+
+def _metrics(points: Sequence[MetricPoint]) -> tuple[Metric, ...]:
+    """What rank 0 has told, by name in the order in which names came."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        for name, value in point.values.items():
+            curves.setdefault(name, []).append((point.step, value))
+    return tuple(Metric(name, 0, tuple(curve)) for name, curve in curves.items())
 
 
 def _halved(samples: Sequence[Sample]) -> list[Sample]:

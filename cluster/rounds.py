@@ -22,6 +22,7 @@ from kfpytorch_ray.cluster.limits import Limits
 from kfpytorch_ray.cluster.membership import Member, Membership
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodeReport, RoundAssignment, SupervisorLostError
 from kfpytorch_ray.errors import LaunchError, explain
+from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class Round:
         self._reports: dict[int, NodeReport] = {}
         self.said: list[NodeReport] = []
         """What agents have said of their ranks so far, also of those whose node was lost later."""
+        self.points: tuple[MetricPoint, ...] = ()
+        """What rank 0 told last, once the round is over."""
         self._ending = Ending.SUCCEEDED
         self._stop_at = math.inf
         self._stopped_at: float | None = None
@@ -166,6 +169,7 @@ class Round:
             return
         self._reports[node_rank] = report
         self.said.append(report)
+        self.points = report.points or self.points
         if {rank.outcome for rank in report.ranks} - {Outcome.SUCCEEDED, Outcome.STOPPED}:
             self._fail()
         elif self._asked is None and any(rank.outcome is Outcome.STOPPED for rank in report.ranks):
