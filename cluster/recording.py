@@ -11,12 +11,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from kfpytorch_ray.cluster.causes import failures, root_cause
 from kfpytorch_ray.cluster.limits import Budgets, Spent
 from kfpytorch_ray.cluster.protocol import NodeReport
 from kfpytorch_ray.cluster.sampling import RankSample, installed_versions
-from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.report.data import (
     Activity,
     Budget,
@@ -183,8 +183,31 @@ def reported_round(record: RoundRecord, agents: Sequence[int]) -> ReportedRound:
         nodes=tuple(agents),
         ranks=tuple(_reported_rank(rank, agents[rank.node_rank]) for rank in record.ranks),
         cause=cause,
-        metrics=_metrics(record.metrics),
+        metrics=metrics_of(record.metrics),
     )
+
+
+class Told(Protocol):
+    """What rank 0 told by one call of ``progress()``."""
+
+    @property
+    def step(self) -> int:
+        """As the function counts it."""
+        ...
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """Metrics by name."""
+        ...
+
+
+def metrics_of(points: Iterable[Told]) -> tuple[Metric, ...]:
+    """Rank 0's metrics in one round, in the order in which they were first told; a call need not tell all of them."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        for name, value in point.values.items():
+            curves.setdefault(name, []).append((point.step, value))
+    return tuple(Metric(name, 0, tuple(curve)) for name, curve in curves.items())
 
 
 def report_of_rounds(
@@ -224,15 +247,6 @@ def _reported_rank(rank: RankRecord, agent: int) -> ReportedRank:
         step=rank.step,
         logs=rank.logs,
     )
-
-
-def _metrics(points: Sequence[MetricPoint]) -> tuple[Metric, ...]:
-    """What rank 0 has told, by name in the order in which names came."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for point in points:
-        for name, value in point.values.items():
-            curves.setdefault(name, []).append((point.step, value))
-    return tuple(Metric(name, 0, tuple(curve)) for name, curve in curves.items())
 
 
 def _halved(samples: Sequence[Sample]) -> list[Sample]:

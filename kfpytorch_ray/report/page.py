@@ -127,7 +127,7 @@ class _Cause:
     retryable: bool
     rank: ReportedRank | None
     round_index: int | None
-    address: str
+    where: str
     traceback: str
 
 
@@ -192,7 +192,10 @@ def _cause(report: RunReport) -> _Cause | None:
     rank = None
     if last is not None and last.cause is not None:
         rank = next(one for one in last.ranks if one.rank == last.cause)
-    address = next((node.address for node in report.nodes if rank is not None and node.number == rank.node), "")
+    where = ""
+    if rank is not None and last is not None:
+        address = next((node.address for node in report.nodes if node.number == rank.node), "")
+        where = f"node {last.nodes.index(rank.node)} ({address}), local rank {rank.local_rank}"
     return _Cause(
         what=_cut(said["what"] or ""),
         why=_cut(said["why"] or ""),
@@ -203,7 +206,7 @@ def _cause(report: RunReport) -> _Cause | None:
         retryable=failure.retryable,
         rank=rank,
         round_index=last.index if last is not None else None,
-        address=address,
+        where=where,
         traceback=_cut_front(rank.traceback.rstrip(), _MOST_TRACEBACK) if rank is not None else "",
     )
 

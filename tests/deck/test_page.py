@@ -145,7 +145,7 @@ def test_a_failure_comes_first_with_its_cause_and_what_to_do() -> None:
     order = [
         "Root cause",
         f"Rank 3 raised {sample_reports.MESSAGE}",
-        "in round 1, on 10.0.0.2 (local rank 1), exit code 1, after step 140",
+        "in round 1, on node 1 (10.0.0.2), local rank 1, exit code 1, after step 140",
         "Why it raised while running the function, exit code 1. 1 of 4 ranks failed this way.",
         "What to do Correct what the message names.",
         "Traceback of rank 3",

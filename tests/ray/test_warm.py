@@ -137,6 +137,11 @@ def test_a_launch_that_failed_leaves_its_agents_warm() -> None:
     result = launched(rank)
     assert agents() == first
     assert [record.index for record in result.rounds] == [0]
+    report = result.report
+    assert report is not None
+    assert (len(report.rounds), report.failure, report.decks) == (1, None, ())
+    assert all(report.started_at < node.started_at < (node.ready_at or 0.0) and node.facts for node in report.nodes)
+    assert all(sample.at > report.started_at for of in report.samples for sample in of.samples)
     assert [result[each].return_value for each in range(2)] == [0, 1]
 
 
@@ -182,6 +187,9 @@ def test_an_agent_that_died_meanwhile_is_replaced() -> None:
     result = launched(rank, max_node_failures=0)
     assert len(result.rounds) == 1
     assert killed not in agents()
+    assert result.report is not None
+    assert [bool(node.lost_because) for node in result.report.nodes].count(True) == 1
+    assert len(result.report.nodes) == 3
 
 
 def interrupt(driver: int) -> None:

@@ -305,7 +305,7 @@ def test_decks_of_all_ranks_come_home_where_they_are_asked_for(tmp_path: Path) -
     """Of one that raised, and of one that was stopped for it and could write nothing by then."""
     draw = "import flytekit; flytekit.Deck('curve', f'<p>{rank}</p>'); "
     with agent_in(tmp_path, decks="all") as agent:
-        wait = f"from pathlib import Path\nwhile not [*Path({str(tmp_path)!r}).glob('kfpytorch_ray-*/*/decks-0')]: pass"
+        wait = f"from pathlib import Path\nwhile not [*Path({str(tmp_path)!r}).rglob('decks-0')]: pass"
         _, failed = agent.start_round(f"{draw}time.sleep(600)", f"{draw}\n{wait}\nraise ValueError('oh')")
         report = failed.result(60)
     assert [rank.outcome for rank in report.ranks] == [Outcome.STOPPED, Outcome.RAISED]

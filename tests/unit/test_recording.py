@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import pytest
 
 from kfpytorch_ray.cluster.limits import Budgets, Spent
 from kfpytorch_ray.cluster.protocol import NodeReport
-from kfpytorch_ray.cluster.recording import MOST_SAMPLES, Recorder, report_of_rounds
+from kfpytorch_ray.cluster.recording import MOST_SAMPLES, Recorder, metrics_of, report_of_rounds
 from kfpytorch_ray.errors import LaunchError, NodeLostError
 from kfpytorch_ray.report.breakdown import segments
-from kfpytorch_ray.report.data import Activity, NodeFacts, RankDeck, Sample
+from kfpytorch_ray.report.data import Activity, Metric, NodeFacts, RankDeck, Sample
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 
 
@@ -146,6 +147,26 @@ def test_samples_of_a_long_run_are_thinned_out() -> None:
     assert [taken.at for taken in told.samples] == sorted(taken.at for taken in told.samples)
     assert sum(taken.cpu_percent for taken in told.samples) / len(told.samples) == pytest.approx(50, abs=2)
     assert max(taken.memory_bytes for taken in told.samples) == 7777
+
+
+def test_what_rank_0_told_becomes_curves() -> None:
+    """A curve for each metric, over the step; a call need not tell all of them."""
+
+    @dataclass(frozen=True)
+    class Point:
+        step: int
+        values: Mapping[str, float]
+
+    points = [
+        Point(0, {"loss": 2.0}),
+        Point(5, {"loss": 1.0, "accuracy": 0.5}),
+        Point(10, {}),
+        Point(15, {"loss": 0.5}),
+    ]
+    assert metrics_of(points) == (
+        Metric("loss", 0, ((0, 2.0), (5, 1.0), (15, 0.5))),
+        Metric("accuracy", 0, ((5, 0.5),)),
+    )
 
 
 def test_the_error_is_the_reports_failure() -> None:
