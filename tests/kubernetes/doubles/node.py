@@ -1,7 +1,7 @@
 """A node with its kubelet and the scheduler, for an API server that has none: Pods run as processes of this machine.
 
-What is not here: images (every container sees this machine's files), limits, probes, volumes other than the
-simple ones, Services and DNS.
+Instead of DNS, Pods have the names of headless Services in their hosts files. What is not here: images (every container
+sees this machine's files), limits, probes, volumes other than the simple ones, and other Services.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ class Node:
                 self._schedule(pod, mine)
         for pod in mine:
             self._look_after(pod)
+        self._tell_names()
         there = {pod["metadata"]["uid"] for pod in mine}
         for uid in self._runs.keys() - there:
             self._runs[uid].delete(0)
@@ -213,6 +214,21 @@ class Node:
         if "deletionTimestamp" in meta:
             run.delete(min(meta.get("deletionGracePeriodSeconds", 0), self._longest_grace_s))
 
+    def _tell_names(self) -> None:
+        """Tell Pods whom the Services of their namespace lead to: the ready ones, as the endpoints' controller says."""
+        if not self._runs:
+            return
+        names: dict[str, list[tuple[str, str]]] = {}
+        for one in self._api.find("endpoints"):
+            meta = one["metadata"]
+            for subset in one.get("subsets") or ():
+                pairs = [(address["ip"], meta["name"]) for address in subset.get("addresses") or ()]
+                names.setdefault(meta["namespace"], []).extend(pairs)
+        for run in self._runs.values():
+            # Its folder may have gone just now.
+            with contextlib.suppress(FileNotFoundError):
+                run.sandbox.know(names.get(run.pod["metadata"]["namespace"], ()))
+
     def _admit(self, pod: Document) -> PodRun:
         host = next(self._hosts)
         self._network.add(host)
@@ -226,6 +242,7 @@ class Node:
             self._environment,
             self._shared,
         )
+        sandbox.know()
         return PodRun(self._api, pod, sandbox, lambda: shutil.rmtree(folder, ignore_errors=True))
 
     @property
