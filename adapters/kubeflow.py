@@ -198,6 +198,8 @@ class KubeflowAdapter:
         options = self._options
         if options.image is None:
             raise ConfigError("KubeflowBackend", (NEEDS_IMAGE,))
+        if problems := kubeflow_findings.template_problems(plan.arguments.pod_template):
+            raise ConfigError("KubeflowBackend", problems)
         storage = storage_of(options.storage)
         namespace = namespace_of(options)
         run = manifest_of(plan, options.name, options, storage.uri, address_of(namespace.name, options))
