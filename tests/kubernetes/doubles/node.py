@@ -179,7 +179,7 @@ class Node:
                 self._schedule(pod, mine)
         for pod in mine:
             self._look_after(pod)
-        self._tell_names()
+        self._tell_names(pods)
         there = {pod["metadata"]["uid"] for pod in mine}
         for uid in self._runs.keys() - there:
             self._runs[uid].delete(0)
@@ -214,16 +214,16 @@ class Node:
         if "deletionTimestamp" in meta:
             run.delete(min(meta.get("deletionGracePeriodSeconds", 0), self._longest_grace_s))
 
-    def _tell_names(self) -> None:
-        """Tell Pods whom the Services of their namespace lead to: the ready ones, as the endpoints' controller says."""
+    def _tell_names(self, pods: list[Document]) -> None:
+        """Tell Pods whom the headless Services of their namespace lead to: the ready ones, as DNS does."""
         if not self._runs:
             return
         names: dict[str, list[tuple[str, str]]] = {}
-        for one in self._api.find("endpoints"):
-            meta = one["metadata"]
-            for subset in one.get("subsets") or ():
-                pairs = [(address["ip"], meta["name"]) for address in subset.get("addresses") or ()]
-                names.setdefault(meta["namespace"], []).extend(pairs)
+        for service in self._api.find("services"):
+            meta, selector = service["metadata"], service["spec"].get("selector") or {}
+            if service["spec"].get("clusterIP") == "None" and selector:
+                addresses = [pod["status"]["podIP"] for pod in pods if _is_selected(pod, meta["namespace"], selector)]
+                names.setdefault(meta["namespace"], []).extend((address, meta["name"]) for address in addresses)
         for run in self._runs.values():
             # Its folder may have gone just now.
             with contextlib.suppress(FileNotFoundError):
@@ -269,3 +269,10 @@ class Node:
             run.delete(0)
         for run in self._runs.values():
             run.join()
+
+
+def _is_selected(pod: Document, namespace: str, selector: Mapping[str, str]) -> bool:
+    """Whether a Service of that namespace leads to a Pod."""
+    meta = pod["metadata"]
+    ready = any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", []))
+    return ready and meta["namespace"] == namespace and selector.items() <= meta.get("labels", {}).items()
