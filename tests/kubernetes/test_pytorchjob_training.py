@@ -99,6 +99,9 @@ def test_a_function_is_trained_and_its_results_come_home(
     for rank in range(4):
         assert output.count(f"[rank {rank}] rank {rank} of 4 sums to 46") == 1
     wait_until(lambda: gone(api, namespace), "the job to be removed")
+    # They have ended by themselves, however soon their results were taken.
+    reports = [json.loads(path.read_text()) for path in Path(shared_folder).glob("runs/*/pods/*/report.json")]
+    assert [report["state"] for report in reports] == ["succeeded", "succeeded"]
     del result
     wait_until(lambda: not left(shared_folder) & STAGED, "the results to go")
 
@@ -231,19 +234,18 @@ def test_a_run_from_begin_to_end_by_the_command_line(
     begin = ("run", "jobs/work.py:work", "--backend", "kubeflow", "--arg", f"folder={shared_folder}", "--detach")
     run = shell.command(*begin).strip()
     wait_for_training(shared_folder)
-    told = json.loads(shell.command("status", run, "--json"))
-    assert (told["status"], told["backend"], told["address"]) == ("running", "kubeflow", f"{namespace}@")
-    (listed,) = json.loads(shell.command("list", "--json"))
-    assert listed["run_id"] == run
     following = shell.start("-m", "kfpytorch_ray.cli", "logs", "-f", run)
-    assert "[rank 1] rank 1 has begun" in shell.command("logs", run, "--rank", "1")
+    (listed,) = json.loads(shell.command("list", "--json"))
+    assert (listed["run_id"], listed["status"]) == (run, "running")
+    assert (listed["backend"], listed["address"]) == ("kubeflow", f"{namespace}@")
+    again = attach(run, storage=shared_folder, backend=KubeflowBackend(kubeconfig=backend.kubeconfig))
+    assert [*again.logs(rank=1)] == ["[rank 1] rank 1 has begun"]
     Path(shared_folder, "go").touch()
     lines, errors = following.communicate(timeout=LONG_S)
     assert following.returncode == 0, errors
     for rank in (0, 1):
         assert lines.count(f"[rank {rank}] rank {rank} has begun") == 1
         assert lines.count(f"[rank {rank}] rank {rank} goes on") == 1
-    again = attach(run, storage=shared_folder, backend=KubeflowBackend(kubeconfig=backend.kubeconfig))
     assert again.status() is RunStatus.SUCCEEDED
     result = again.result()
     assert [result[rank].return_value for rank in (0, 1)] == ["let go as 0", "let go as 1"]

@@ -65,7 +65,7 @@ def log(connection: client.ApiClient, namespace: str, pod: str) -> list[str]:
 
 
 def test_replicas_find_each_other_by_their_services(connection: client.ApiClient, api: Api, namespace: str) -> None:
-    """Pods and Services with labels, the variables of a plain job; the master's end is the job's, and all is owned."""
+    """Pods and Services with labels, and the variables of a plain job; the master's end is the job's."""
     said = "echo $MASTER_ADDR:$MASTER_PORT $RANK $WORLD_SIZE $PET_NNODES"
     # The worker begins when it knows the master's name, and the master ends when it knows the worker's.
     master = replica(f"{said}; until getent hosts train-worker-0; do sleep 0.1; done")
@@ -84,9 +84,6 @@ def test_replicas_find_each_other_by_their_services(connection: client.ApiClient
         "training.kubeflow.org/job-role": "master",
     }
     assert len(api.find("services", namespace, f"{JOB_LABEL}={JOB}")) == 2
-    api.delete("pytorchjobs", namespace, JOB, propagationPolicy="Foreground")
-    wait_until(lambda: api.get("pytorchjobs", namespace, JOB) is None, "the job to go")
-    assert not any(api.find(kind, namespace, f"{JOB_LABEL}={JOB}") for kind in ("pods", "services"))
 
 
 def test_an_elastic_job_is_done_with_its_first_pod(api: Api, namespace: str) -> None:
@@ -147,12 +144,14 @@ def test_a_job_that_is_active_for_too_long(api: Api, namespace: str) -> None:
 
 
 def test_a_job_that_is_suspended_has_no_pods(api: Api, namespace: str) -> None:
-    """Held back, let go, held back again and let go."""
+    """Held back, let go and held back again; deleted in the foreground it is gone after all that it owns."""
     api.create("pytorchjobs", namespace, job(replica("sleep 60"), suspend=True))
     wait_for(api, namespace, "Suspended")
     assert not pods(api, namespace)
-    for suspend in (False, True):
+    for suspend in (False, True, False):
         assert api.patch("pytorchjobs", namespace, JOB, {"spec": {"runPolicy": {"suspend": suspend}}})
         wait_for(api, namespace, "Suspended" if suspend else "Running")
         assert conditions(api, namespace)["Running"] == str(not suspend)
-    wait_until(lambda: not pods(api, namespace), "the Pod to go")
+    api.delete("pytorchjobs", namespace, JOB, propagationPolicy="Foreground")
+    wait_until(lambda: api.get("pytorchjobs", namespace, JOB) is None, "the job to go")
+    assert not any(api.find(kind, namespace, f"{JOB_LABEL}={JOB}") for kind in ("pods", "services"))
