@@ -111,7 +111,7 @@ class KubeflowAdapter:
 
     def kubernetes_lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
         """Every field that does not arrive where this process creates the PyTorchJob, and why."""
-        return kubeflow_findings.lost_without_flyte(self._options, arguments)
+        return kubeflow_findings.lost_without_flyte(config, self._options, arguments)
 
     def build(self, plan: LaunchPlan) -> LaunchConfig:
         """The configuration of torch elastic's launcher; the operator names the rendezvous in PET_RDZV_ENDPOINT.

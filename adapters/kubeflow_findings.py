@@ -64,12 +64,16 @@ def lost(config: JobConfig, options: KubeflowBackend, arguments: TaskArguments) 
     return tuple(found)
 
 
-def lost_without_flyte(options: KubeflowBackend, arguments: TaskArguments) -> tuple[str, ...]:
+def lost_without_flyte(config: JobConfig, options: KubeflowBackend, arguments: TaskArguments) -> tuple[str, ...]:
     """Every field that does not arrive, or means something else, in a PyTorchJob that this process creates."""
-    return (
-        *template_problems(arguments.pod_template),
-        *left_to_flyte(options, arguments, "PyTorchJob", "@task(pod_template"),
-    )
+    found = []
+    if config.run_policy is None or config.run_policy.ttl_seconds_after_finished is None:
+        found.append(
+            f"run_policy.ttl_seconds_after_finished=None means retention_s={options.retention_s:g} s here, not for "
+            "ever: who launched it may be gone"
+        )
+    found += template_problems(arguments.pod_template)
+    return (*found, *left_to_flyte(options, arguments, "PyTorchJob", "@task(pod_template"))
 
 
 def template_problems(template: PodTemplate | None) -> tuple[str, ...]:

@@ -195,6 +195,25 @@ def test_every_condition_is_read(
     assert run.status() is expected
 
 
+@pytest.mark.parametrize(("nnodes", "expected"), [(2, RunStatus.LOST), ("1:2", RunStatus.RUNNING)])
+def test_a_pod_that_will_never_come_up(
+    api: Api, namespace: str, backend: KubeflowBackend, nnodes: int | str, expected: RunStatus
+) -> None:
+    """It ends a run that needs it, and not one that trains with fewer."""
+    run = launch(train, 1, elastic=Elastic(nnodes, backend=backend), wait=False)
+    write_conditions(api, namespace, run, "Created", "Running")
+    waiting = {"state": {"waiting": {"reason": "InvalidImageName"}}, "name": "c", "image": "i", "imageID": ""}
+    stuck = {"phase": "Pending", "containerStatuses": [{**waiting, "ready": False, "restartCount": 0}]}
+    for index, status in enumerate(({"phase": "Running"}, stuck)):
+        name = f"{run.run_id}-worker-{index}"
+        meta = {"name": name, "labels": {"training.kubeflow.org/job-name": run.run_id}}
+        # No scheduler takes it.
+        spec = {"containers": [{"name": "c", "image": "i"}], "schedulerName": "none"}
+        api.create("pods", namespace, {"metadata": meta, "spec": spec})
+        assert api.patch("pods", namespace, f"{name}/status", {"status": status})
+    assert run.status() is expected
+
+
 def test_a_job_that_has_failed_without_a_word(api: Api, namespace: str, backend: KubeflowBackend) -> None:
     """The operator's message is the error's, here and for whoever asks later; the job is gone."""
     run = started(backend)

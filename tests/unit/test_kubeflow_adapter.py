@@ -123,5 +123,15 @@ def test_a_template_that_a_pytorchjob_of_our_own_cannot_have(container: V1Contai
     with pytest.raises(ConfigError, match=words):
         adapter.run(plan(arguments=TaskArguments(pod_template=template)))
     assert adapter.check(Elastic()).problems == ()
-    (said,) = adapter.kubernetes_lost(Elastic(), TaskArguments(pod_template=template))
+    (_, said) = adapter.kubernetes_lost(Elastic(), TaskArguments(pod_template=template))
     assert words in said
+
+
+def test_a_pytorchjob_of_our_own_does_not_stay_for_ever() -> None:
+    """Nobody may be left to remove it: it goes with what the run has left in the storage, which is said."""
+    adapter = KubeflowAdapter(KubeflowBackend(image="i:1", retention_s=59.5))
+    for policy, ttl_s in ((None, 60), (RunPolicy(), 60), (RunPolicy(ttl_seconds_after_finished=0), 0)):
+        config = Elastic(2, run_policy=policy)
+        (job,) = adapter.kubernetes_manifests(config, TaskArguments())
+        assert job["spec"]["runPolicy"]["ttlSecondsAfterFinished"] == ttl_s
+        assert bool(adapter.kubernetes_lost(config, TaskArguments())) == bool(ttl_s)
