@@ -7,9 +7,20 @@ from urllib.parse import urlsplit
 
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic, one_of
-from kfpytorch_ray.config import ON_INTERRUPT, CallOptions, RayBackend, RayRunOptions, RestartPolicy, StoredRunOptions
+from kfpytorch_ray.config import (
+    LOGS,
+    ON_INTERRUPT,
+    CallOptions,
+    RayBackend,
+    RayRunOptions,
+    RestartPolicy,
+    StoredRunOptions,
+)
 from kfpytorch_ray.storage import problem_of_uri
 from kfpytorch_ray.task_arguments import TaskArguments
+
+LEAST_LOG_BYTES = 4096
+"""A bound below which no traceback would be whole."""
 
 _HONOURED_RDZV_KEYS = frozenset({"join_timeout", "timeout", "last_call_timeout"})
 
@@ -18,6 +29,7 @@ def find(config: JobConfig, options: RayBackend) -> Findings:
     """Fields of ``config`` that change nothing on Ray, and fields that would change results if they were ignored."""
     problems = [
         *_amount_problems(options),
+        *_seconds_problems(options, "keep_warm_s"),
         *run_option_problems(options),
         *stored_option_problems(options),
         *_remote_problems(options),
@@ -26,7 +38,10 @@ def find(config: JobConfig, options: RayBackend) -> Findings:
     problems += found.problems
     if not is_elastic(config) and options.resources_per_node is not None and _own_resources(config):
         problems.append("RayBackend(resources_per_node) would override the resources of master and worker: give one")
-    return Findings(tuple(problems), (*_run_policy_warnings(config.run_policy), *found.warnings))
+    warnings = [*_run_policy_warnings(config.run_policy), *found.warnings]
+    if options.keep_warm_s and (options.address or "").startswith(("http://", "https://")):
+        warnings.append("RayBackend(keep_warm_s) has no effect on a remote cluster: a run's driver ends with the run")
+    return Findings(tuple(problems), tuple(warnings))
 
 
 def job_findings(config: JobConfig) -> Findings:
@@ -88,6 +103,7 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
     if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
         problems.append(f"{backend}(max_node_failures) must be a whole number that is not negative")
     problems += _tuple_problems(options, "preload")
+    problems += _log_problems(options)
     runtime_env = options.runtime_env
     if runtime_env is not None and not isinstance(runtime_env, dict):
         problems.append(f"{backend}(runtime_env) must be a dict, not {runtime_env!r}")
@@ -97,6 +113,20 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
             for name in ("working_dir", "excludes")
             if name in runtime_env
         ]
+    return problems
+
+
+def _log_problems(options: RayRunOptions) -> list[str]:
+    backend = type(options).__name__
+    problems = []
+    if options.logs not in LOGS:
+        problems.append(f"{backend}(logs={options.logs!r}): expected {one_of(LOGS)}")
+    size = options.max_log_bytes
+    if not isinstance(size, int) or isinstance(size, bool) or size < LEAST_LOG_BYTES:
+        problems.append(f"{backend}(max_log_bytes) must be a whole number of bytes, at least {LEAST_LOG_BYTES}")
+    folder = options.log_folder
+    if folder and (problem := problem_of_uri(folder)):
+        problems.append(f"{backend}(log_folder) {problem}")
     return problems
 
 

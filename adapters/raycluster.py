@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,9 @@ class RayAdapter:
                 monitor_interval_s=plan.monitor_interval_s,
                 stop_grace_s=options.stop_grace_s,
                 silence_timeout_s=options.silence_timeout_s,
+                logs=options.logs,
+                max_log_bytes=options.max_log_bytes,
+                log_archive=_log_archive(options.log_folder, plan),
             ),
             demand=Demand(first, resources, plan.min_nodes, plan.max_nodes),
             limits=Limits(
@@ -233,3 +237,15 @@ class RayAdapter:
         if address is None and not has_joined():
             address = os.environ.get("RAY_ADDRESS")
         return address if address and address.startswith(("http://", "https://")) else None
+
+
+def _log_archive(folder: str | None, plan: LaunchPlan) -> str:
+    """Where ranks' logs are kept; empty: nowhere."""
+    if folder is None or plan.flyte.staged_prefix:
+        # Of a run that is elsewhere, its manifest has said where.
+        return plan.flyte.logs_prefix
+    if not folder:
+        return ""
+    # A name of its own for each launch: the same task may run again.
+    place = folder.rstrip("/") if "://" in folder else os.path.abspath(folder)
+    return f"{place}/{plan.run_id}-{uuid.uuid4().hex[:8]}"

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from kfpytorch_ray.config import KubernetesOptions, StoredRunOptions
+from kfpytorch_ray.config import KubernetesOptions, RayRunOptions, StoredRunOptions
 from kfpytorch_ray.errors import KfpytorchRayError
 from kfpytorch_ray.plan import LaunchPlan
-from kfpytorch_ray.relocation import relocated
+from kfpytorch_ray.relocation import outputs_of, relocated
 from kfpytorch_ray.runs import MANIFEST, Manifest, new_run_id, run_folder, whoami
 from kfpytorch_ray.storage import Storage
 
@@ -44,9 +44,10 @@ def manifest_of(plan: LaunchPlan, backend: str, options: StoredRunOptions, stora
         storage: URI of the storage.
         address: Of the cluster, as the backend names it.
     """
+    run_id = new_run_id(plan.name)
     nodes = str(plan.min_nodes) if plan.min_nodes == plan.max_nodes else f"{plan.min_nodes}:{plan.max_nodes}"
     return Manifest(
-        run_id=new_run_id(plan.name),
+        run_id=run_id,
         name=plan.name,
         backend=backend,
         storage=storage,
@@ -57,7 +58,17 @@ def manifest_of(plan: LaunchPlan, backend: str, options: StoredRunOptions, stora
         nproc_per_node=plan.nproc_per_node,
         retention_s=options.retention_s,
         lease_s=options.lease_s,
+        **_logs_of(plan, options, Storage(storage), run_id),
     )
+
+
+def _logs_of(plan: LaunchPlan, options: StoredRunOptions, storage: Storage, run_id: str) -> dict[str, str]:
+    """Whose lines the driver prints, and where all are kept; pods of a PyTorchJob keep their own."""
+    if not isinstance(options, RayRunOptions):
+        return {}
+    folder = options.log_folder
+    archive = outputs_of(plan, storage, run_id)[1] if folder is None else folder and f"{folder.rstrip('/')}/{run_id}"
+    return {"logs": options.logs, "log_archive": archive}
 
 
 @contextlib.contextmanager
@@ -79,7 +90,7 @@ def staging(plan: LaunchPlan, manifest: Manifest, storage: Storage) -> Iterator[
     try:
         # First: a folder that has none is nobody's, and is removed by a clean-up.
         folder.write(MANIFEST, manifest.to_json())
-        yield relocated(plan, storage, manifest.run_id)
+        yield relocated(plan, storage, manifest.run_id, manifest.log_archive)
     except BaseException:
         with contextlib.suppress(KfpytorchRayError):
             folder.remove()

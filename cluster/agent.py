@@ -24,8 +24,13 @@ from typing import TYPE_CHECKING, Any
 from kfpytorch_ray.cluster.environment import node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
+from kfpytorch_ray.cluster.log_archive import LogArchive
+from kfpytorch_ray.cluster.output import LOGS, SPOOL
+from kfpytorch_ray.cluster.output_spool import Cursor, OutputChunk, OutputSource
 from kfpytorch_ray.cluster.protocol import (
     AgentSetup,
+    BeginLaunch,
+    EndLaunch,
     Failed,
     Failing,
     NodePulse,
@@ -63,8 +68,10 @@ _LOAD_S = 900.0
 class ElasticAgent:
     """One per node. Methods may be called from several threads; one request runs at a time, and may be stopped.
 
+    An agent may serve several launches, one after the other: ``load`` begins each, and ``rest`` ends all but the last.
+
     Args:
-        setup: What holds for all rounds.
+        setup: What holds for all rounds of the first launch, and what of it holds for all launches.
         address: The address that Ray knows for this node.
     """
 
@@ -95,12 +102,13 @@ class ElasticAgent:
         for folder in self._folders:
             os.mkdir(folder, 0o700)
         self._page = HeartbeatPage.create(self._folder / PAGE_NAME, setup.nproc_per_node)
+        self._begin_output(setup)
 
         preload = (*PRELOAD, *setup.preload)
         os.environ[MARK_VARIABLE] = value
         fork_server = ForkServer(preload, str(self._folder))
         given = SupervisorSetup(
-            setup=setup,
+            nproc_per_node=setup.nproc_per_node,
             address=address,
             folder=str(self._folder),
             payload=str(self._payload),
@@ -122,20 +130,22 @@ class ElasticAgent:
             if not self._answered_at:
                 self._page.extend_lease(_now() + _LOAD_S)
 
-    def load(self, payload: bytes) -> None:
-        """Take the pickled call, once for all rounds, and wait until the fork server is warm.
+    def load(self, setup: AgentSetup, payload: bytes) -> None:
+        """Begin a launch: take the pickled call, once for all rounds, and wait until the fork server is warm.
 
         From now on this agent has to hear from its controller, which counts on it from when it has this answer.
         """
-        if hashlib.sha256(payload).hexdigest() != self._setup.payload_sha256:
+        if hashlib.sha256(payload).hexdigest() != setup.payload_sha256:
             msg = "the payload differs from the one that the driver sent"
             raise ValueError(msg)
         self._payload.write_bytes(payload)
-        with self._asking:
-            ready = self._await_ready()
-        if ready.missing:
-            logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
+        if setup.launch_id != self._setup.launch_id:
+            self._begin_output(setup)
+        self._ask(BeginLaunch(setup, str(self._folder_of(setup.launch_id))))
         with self._turning:
+            self._setup = setup
+            self._failing = defaultdict(threading.Event)
+            self._failed = set()
             self._answered_at = _now()
             # No later than this: it may have been longer so far.
             self._page.extend_lease(self._answered_at + self._setup.silence_timeout_s)
@@ -161,26 +171,32 @@ class ElasticAgent:
         report: NodeReport = finished.report
         return report
 
-    def wait_for_failure(self, round_index: int) -> bool:
+    def wait_for_failure(self, launch_id: str, round_index: int) -> bool:
         """Return when a rank of this node fails in this round, or the round ends here; whether one failed.
 
         ``run_round`` returns only when all ranks have been stopped, which may take the whole grace. Other nodes are
         not to wait for that.
         """
-        self._failing[round_index].wait()
-        return round_index in self._failed
+        with self._turning:
+            if self._setup.launch_id != launch_id:
+                return False
+            failing, failed = self._failing[round_index], self._failed
+        failing.wait()
+        return round_index in failed
 
-    def stop_round(self, round_index: int, hung: bool = False) -> None:
+    def stop_round(self, launch_id: str, round_index: int, hung: bool = False) -> None:
         """End a round if it still runs, or will start; returns at once, ``run_round`` returns when it is over.
 
         Args:
+            launch_id: Of the launch; nothing happens if it is over.
             round_index: The round, and any before it.
             hung: Whether its ranks have hung: then their stacks are taken first, and kept in their records.
         """
-        with contextlib.suppress(OSError), self._sending:
-            self._connection.send(StopRound(round_index, hung))
+        with self._turning:
+            if self._setup.launch_id == launch_id:
+                self._order_stop(round_index, hung)
 
-    def request_stop(self, round_index: int) -> bool:
+    def request_stop(self, launch_id: str, round_index: int) -> bool:
         """Have ``kfpytorch_ray.stop_requested()`` answer True to the workers of a round, if it runs here.
 
         Returns:
@@ -188,7 +204,7 @@ class ElasticAgent:
         """
         # A round may end meanwhile, but no other begins.
         with self._turning:
-            if self._round != round_index or self._page.round_index != round_index:
+            if self._setup.launch_id != launch_id or not self._round == self._page.round_index == round_index:
                 return False
             self._page.request_stop()
             return self._listening()
@@ -219,23 +235,52 @@ class ElasticAgent:
         self._drop_results()
         return (True, *results)
 
-    def shutdown(self) -> tuple[str, ...]:
-        """End a running round, wait until its workers are gone, pass on the last log lines and remove all files.
+    def rest(self, lease_s: float) -> None:
+        """End a launch whose rounds are over, and stay warm for another; keep the logs where they are to be kept.
 
-        Returns:
-            The marks behind the last lines (kfpytorch_ray.cluster.output); none where nothing was printed.
+        What is left of the output can still be read, until ``remove_launch()``.
+
+        Args:
+            lease_s: Seconds after which this agent ends if no launch begins. No pulse is taken meanwhile.
+        """
+        try:
+            self._ask(EndLaunch())
+        finally:
+            self._output.end()
+        self._archive.finish()
+        self._drop_results()
+        self._payload.unlink(missing_ok=True)
+        self._extend_lease(_now() + lease_s)
+
+    def remove_launch(self, launch_id: str) -> None:
+        """Remove the files of a launch that is over."""
+        shutil.rmtree(self._folder_of(launch_id), ignore_errors=True)
+
+    def read_output(self, cursor: Cursor, wait_s: float) -> OutputChunk:
+        """Lines for the driver, as soon as there are some, or after ``wait_s``."""
+        return self._output.read(cursor, wait_s)
+
+    def shutdown(self) -> None:
+        """End a running round, wait until its workers are gone, and keep the logs where they are to be kept.
+
+        What is left of the output can still be read; ``remove_files()`` is the end.
         """
         # No pulse may come any more, and the workers have their grace.
         self._extend_lease(_now() + self._setup.stop_grace_s + self._setup.silence_timeout_s)
-        self.stop_round(_EVERY_ROUND)
+        self._order_stop(_EVERY_ROUND)
         # What a supervisor leaves that has died was killed when that was noticed.
-        marks: tuple[str, ...] = ()
-        with contextlib.suppress(SupervisorLostError):
-            marks = self._ask(Shutdown())
-            self._supervisor.join()
+        try:
+            with contextlib.suppress(SupervisorLostError):
+                self._ask(Shutdown())
+                self._supervisor.join()
+        finally:
+            self._output.end()
+        self._archive.finish()
+
+    def remove_files(self) -> None:
+        """Remove all files."""
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
-        return marks
 
     @property
     def _folders(self) -> tuple[str, ...]:
@@ -244,6 +289,20 @@ class ElasticAgent:
     @property
     def _payload(self) -> Path:
         return self._folder / "payload"
+
+    def _begin_output(self, setup: AgentSetup) -> None:
+        folder = self._folder_of(setup.launch_id)
+        for name in (LOGS, SPOOL):
+            os.makedirs(folder / name)
+        self._output = OutputSource(folder / SPOOL)
+        self._archive = LogArchive(folder / LOGS, setup.log_archive)
+
+    def _folder_of(self, launch_id: str) -> Path:
+        return self._folder / f"launch-{launch_id}"
+
+    def _order_stop(self, round_index: int, hung: bool = False) -> None:
+        with contextlib.suppress(OSError), self._sending:
+            self._connection.send(StopRound(round_index, hung))
 
     def _note_failure(self, round_index: int) -> None:
         self._failed.add(round_index)
@@ -271,12 +330,13 @@ class ElasticAgent:
                 answer = self._answer()
             return answer
 
-    def _await_ready(self) -> Ready:
+    def _await_ready(self) -> None:
         """The supervisor's first word, which comes unasked; whoever asks first takes it."""
         if self._ready is None:
             ready: Ready = self._answer()
             self._ready = ready
-        return self._ready
+            if ready.missing:
+                logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
 
     def _answer(self) -> Any:
         try:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from kfpytorch_ray.cluster.causes import failures, root_cause
-from kfpytorch_ray.cluster.failures import launch_error
+from kfpytorch_ray.cluster.failures import last_lines, launch_error
 from kfpytorch_ray.cluster.limits import Limits, Spent
 from kfpytorch_ray.cluster.membership import Loss, Member, Membership
+from kfpytorch_ray.cluster.output import shows
 from kfpytorch_ray.cluster.policy import Finish, Present, Raise, Reason, Retry, Wait, decide, node_ranks
 from kfpytorch_ray.cluster.protocol import AgentSetup
 from kfpytorch_ray.cluster.rounds import Round
@@ -42,9 +44,13 @@ class Controller:
         membership: Its agents.
         setup: What they were given.
         limits: What bounds it.
+        show: Takes whole lines for whoever waits, and whether they are of standard error.
     """
 
-    def __init__(self, membership: Membership, setup: AgentSetup, limits: Limits) -> None:
+    def __init__(
+        self, membership: Membership, setup: AgentSetup, limits: Limits, show: Callable[[str, bool], None]
+    ) -> None:
+        self._show = show
         self._membership = membership
         self._setup = setup
         self._limits = limits
@@ -176,6 +182,8 @@ class Controller:
         running = Round(index, crew, self._spent.restarts, self._deadline, self._membership, self._setup, self._limits)
         record, refs = running.run()
         self.rounds = (*self.rounds, record)
+        if lines := last_lines(record, partial(shows, self._setup.logs)):
+            self._show(lines, True)
         return refs
 
     def _say_why(self, spent: Spent) -> None:

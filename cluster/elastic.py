@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError
 
 from kfpytorch_ray.cluster import worker
-from kfpytorch_ray.cluster.output import Outlet
+from kfpytorch_ray.cluster.output import RoundOutput
 from kfpytorch_ray.cluster.processes import ForkedWorkers
 from kfpytorch_ray.cluster.protocol import AgentSetup, RoundAssignment, StopRound
 from kfpytorch_ray.cluster.protocol import WorkerSpec as ProcessSpec
@@ -103,7 +103,7 @@ class RoundAgent(LocalElasticAgent):
         stop_ordered: How the controller ended the round; None if it has not.
         failing: Called when a worker has failed, before the others are stopped.
         page: The node's heartbeat page, on which the round has begun.
-        outlets: As in ``ForkedWorkers``.
+        output: As in ``ForkedWorkers``.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class RoundAgent(LocalElasticAgent):
         stop_ordered: Callable[[], StopRound | None],
         failing: Callable[[], None],
         page: HeartbeatPage,
-        outlets: tuple[Outlet, Outlet],
+        output: RoundOutput,
     ) -> None:
         spec = WorkerSpec(
             role=ROLE,
@@ -140,7 +140,7 @@ class RoundAgent(LocalElasticAgent):
         self._stop_ordered = stop_ordered
         self._failing = failing
         self._page = page
-        self._outlets = outlets
+        self._output = output
         self.workers: ForkedWorkers | None = None
 
     def ended(self) -> Mapping[int, Ended]:
@@ -170,17 +170,15 @@ class RoundAgent(LocalElasticAgent):
             # torch's watchdog is a part of torchrun and wants its run id.
             self._setup_local_watchdog(envs=envs)
         self._setup_healthcheck()
-        prefixes = {member.local_rank: f"[rank {member.global_rank}] " for member in worker_group.workers}
         self.workers = ForkedWorkers(
             name=ROLE,
             envs=envs,
             logs_specs=self._logs_specs,
-            log_line_prefixes=prefixes,
             make_spec=self._make_spec,
             stop_grace_s=self._setup.stop_grace_s,
             failing=self._failing,
             page=self._page,
-            outlets=self._outlets,
+            output=self._output,
         )
         self._pcontext = self.workers
         self.workers.start()
@@ -221,6 +219,8 @@ class RoundAgent(LocalElasticAgent):
                 "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
                 "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
                 "LOCAL_RANK": str(member.local_rank),
+                # Not torchrun's: what a worker's own children have printed when they crash is to be there.
+                "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
             }
         return {**os.environ, **contract}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kfpytorch_ray.cluster.causes import alike, distributed, failures, root_cause
 from kfpytorch_ray.cluster.limits import Budgets, Spent
@@ -23,6 +23,7 @@ from kfpytorch_ray.errors import (
 from kfpytorch_ray.results import Outcome, RankRecord, RoundRecord, Stage
 
 _MOST_STACKS = 4
+_MOST_LOGS = 4
 _TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 
 _SIGNAL_HINTS = {
@@ -137,6 +138,46 @@ def _message(name: str, rounds: tuple[RoundRecord, ...], cause: RankRecord, reas
     if cause.log_tail:
         lines += ["", f"Last lines of rank {cause.rank}:", *(f"  {line}" for line in cause.log_tail)]
     return "\n".join(lines)
+
+
+def kept_logs(rounds: tuple[RoundRecord, ...], uri: str) -> str:
+    """Where to read on, for the error's message: what the failed ranks printed, and where everything is; empty without.
+
+    Args:
+        rounds: All rounds, with the files that are kept.
+        uri: Of the folder in which they are.
+    """
+    kept = [rank for record in rounds[-1:] for rank in record.ranks if rank.logs]
+    if not kept:
+        return ""
+    lines = ["", f"Logs of all ranks and rounds: {uri}"]
+    if failed := failures(rounds[-1]):
+        cause = root_cause(rounds[-1])
+        shown = [cause, *(rank for rank in failed if rank is not cause)][:_MOST_LOGS]
+        lines += [f"  rank {rank.rank}: {' '.join(rank.logs)}" for rank in shown if rank.logs]
+    return "\n".join(lines)
+
+
+def last_lines(record: RoundRecord, shown: Callable[[int], bool]) -> str:
+    """The last lines of the ranks that failed in a round, as the driver prints them; empty if it has printed them.
+
+    Args:
+        record: Of the round.
+        shown: Whether a rank's lines are printed as they come.
+    """
+    failed = [rank for rank in failures(record) if rank.outcome is not Outcome.LOST and not shown(rank.rank)]
+    if not failed:
+        return ""
+    cause = root_cause(record)
+    failed.sort(key=lambda rank: (rank.rank != cause.rank, rank.timestamp))
+    lines = []
+    for rank in failed[:_MOST_LOGS]:
+        prefix = f"[rank {rank.rank} | node {rank.node_rank}] "
+        lines += [f"{prefix}{line}" for line in rank.log_tail]
+        lines += [f"{prefix}{line}" for line in (rank.message.splitlines() or [rank.outcome.value])]
+    if len(failed) > _MOST_LOGS:
+        lines.append(f"{len(failed) - _MOST_LOGS} other ranks failed, too; their lines are not shown here.")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _stacks(ended: RoundRecord) -> list[str]:

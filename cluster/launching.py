@@ -7,6 +7,7 @@ nothing here unpickles the call. Called by the adapter, and on a remote cluster 
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +15,18 @@ from typing import Any
 
 from kfpytorch_ray.cluster.connect import connected
 from kfpytorch_ray.cluster.controller import Controller
-from kfpytorch_ray.cluster.delivery import delivery
 from kfpytorch_ray.cluster.environment import one_thread_each
+from kfpytorch_ray.cluster.failures import kept_logs
 from kfpytorch_ray.cluster.interruption import interruptible
-from kfpytorch_ray.cluster.membership import agents_on
-from kfpytorch_ray.cluster.placement import driver_address, reserved
+from kfpytorch_ray.cluster.log_archive import with_logs
+from kfpytorch_ray.cluster.placement import driver_address
 from kfpytorch_ray.cluster.protocol import AgentSetup
 from kfpytorch_ray.cluster.request import RayRequest
+from kfpytorch_ray.cluster.streaming import output_shown
+from kfpytorch_ray.cluster.warm import crew_for, make_room
 from kfpytorch_ray.config import RayBackend
+from kfpytorch_ray.errors import LaunchError
+from kfpytorch_ray.notices import show
 from kfpytorch_ray.results import RoundRecord
 
 
@@ -39,7 +44,7 @@ class Launched:
 
 
 def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) -> Launched:
-    """Run a request to its end, and leave nothing running.
+    """Run a request to its end, and leave nothing running but what ``options`` keep warm.
 
     Args:
         request: What is asked.
@@ -52,25 +57,33 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
         PlacementError: The nodes cannot be had.
         LaunchError: A rank or a node failed.
     """
-    demand, launch = request.demand, request.setup
+    launch = request.setup
+    try:
+        return _run(request, options, home)
+    except LaunchError as error:
+        rounds = with_logs(error.rounds, launch.log_archive)
+        error.add(kept_logs(rounds, launch.log_archive), rounds)
+        raise
+
+
+def _run(request: RayRequest, options: RayBackend, home: bool) -> Launched:
+    demand = request.demand
+    make_room(demand)
     with (
         connected(options, demand.total(demand.max_nodes)) as private,
         interruptible(),
-        reserved(
-            demand, name=launch.name, run_id=launch.run_id, private=private, autoscaling=options.autoscaling
-        ) as reservation,
-        delivery() as output,
-        agents_on(
-            reservation,
-            setup := replace(_joined(request, private, home), output_token=output.token),
-            request.payload,
-            demand.min_nodes,
-            output,
+        output_shown(show) as output,
+        crew_for(
+            demand,
+            setup := replace(_joined(request, private, home), launch_id=secrets.token_hex(8)),
+            options,
+            private=private,
         ) as membership,
     ):
-        controller = Controller(membership, setup, request.limits)
+        membership.begin(setup, request.payload, output)
+        controller = Controller(membership, setup, request.limits, show)
         refs = controller.run()
-    return Launched(refs, controller.rounds)
+    return Launched(refs, with_logs(controller.rounds, setup.log_archive))
 
 
 def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:

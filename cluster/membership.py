@@ -1,7 +1,7 @@
 """Which agents a launch has: started where nodes are reserved, watched, given up, replaced.
 
 Lives in the driver. The controller asks for the agents that are ready, and tells which of them it lost; how many are
-enough, and what a loss costs, is not decided here.
+enough, and what a loss costs, is not decided here. One launch may follow another on the same agents.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kfpytorch_ray.cluster.agent import ElasticAgent
-from kfpytorch_ray.cluster.delivery import Delivery
+from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
 from kfpytorch_ray.cluster.pulse import Pulse
+from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
 from kfpytorch_ray.errors import LaunchError, explain
 
 logger = logging.getLogger(__name__)
 
 _AGENT_THREADS = 8
-"""Calls that an agent answers at once: the round, the wait for its failure, and beside them pulse, stop, shutdown."""
+"""Calls that an agent answers at once: the round, the waits for its failure and for lines, and beside them pulse, stop,
+shutdown."""
 _END_WAIT_S = 30.0
 """Longest wait for an agent to stop its workers and remove its files, beyond the grace."""
 _LOOK_S = 1.0
@@ -51,6 +53,7 @@ class Member:
         handle: The actor.
         started: Becomes ready when the agent has loaded everything.
         ready: Whether it has.
+        rested: Whether it has served a launch before this one.
         lost_because: Why it is no member any more.
     """
 
@@ -60,6 +63,7 @@ class Member:
     handle: Any
     started: Any
     ready: bool = False
+    rested: bool = False
     lost_because: str = ""
 
 
@@ -71,7 +75,8 @@ class Loss:
         address: Of its node.
         reason: What is known.
         charged: Whether it counts against ``max_node_failures``. Not one on a node that is being drained, or that was
-            not up yet and not needed, or that gave up this process because it stood still.
+            not up yet and not needed, or that gave up this process because it stood still, or was gone when this launch
+            began.
     """
 
     address: str
@@ -92,32 +97,70 @@ class _Notices:
 
 
 class Membership:
-    """The agents of one launch.
+    """The agents of one launch, or of several one after the other: ``begin``, ``rest``, ``begin``, ..., ``end``.
 
     Args:
         reservation: Where they may run.
-        setup: What each is given.
-        payload: A reference to the pickled call.
         min_nodes: As many agents are needed.
-        delivery: Of what their ranks print.
+        silence_timeout_s: Seconds without an answer after which an agent is given up.
     """
 
-    def __init__(
-        self, reservation: Reservation, setup: AgentSetup, payload: Any, min_nodes: int, delivery: Delivery
-    ) -> None:
+    _setup: AgentSetup
+    _payload: Any
+    _output: OutputStream
+    _pulse: Pulse
+
+    def __init__(self, reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> None:
         self._reservation = reservation
-        self._setup = setup
-        self._payload = payload
         self._min_nodes = min_nodes
-        self._delivery = delivery
+        self._silence_timeout_s = silence_timeout_s
         self.settled = False
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
         self._numbers = itertools.count()
-        self._pulse = Pulse(setup.silence_timeout_s)
         self._notices = _Notices()
         self._losses: list[Loss] = []
         self._looked_at = float("-inf")
+        self._begun = False
+
+    def begin(self, setup: AgentSetup, payload: bytes, output: OutputStream) -> None:
+        """Begin a launch; agents that are there are given it, others are started by ``refresh``.
+
+        Args:
+            setup: What each is given.
+            payload: The pickled call.
+            output: Prints what their ranks print.
+        """
+        self._setup = setup
+        self._payload = ray.put(payload)
+        self._output = output
+        self._pulse = Pulse(self._silence_timeout_s)
+        self._begun = True
+        self._losses = []
+        for member in self._members.values():
+            member.ready, member.rested = False, True
+            member.started = self._load(member.handle)
+
+    def rest(self, keep_s: float) -> bool:
+        """End a launch whose rounds are over, and keep its agents for another one.
+
+        Args:
+            keep_s: Seconds after which they end by themselves.
+
+        Returns:
+            Whether all are there, so that it is worth it. They end with ``end`` in any case.
+        """
+        self._pulse.close()
+        members = [*self._members.values()]
+        if not all(member.ready for member in members) or not self._reservation.rest():
+            return False
+        resting = {member.handle.rest.remote(keep_s): member for member in members}
+        timeout_s = _END_WAIT_S + (ARCHIVE_WAIT_S if self._setup.log_archive else 0.0)
+        rested, _ = ray.wait(list(resting), num_returns=len(resting), timeout=timeout_s)
+        self._await_output()
+        for member in members:
+            member.handle.remove_launch.remote(self._setup.launch_id)
+        return len(rested) == len(members) and all(map(_answered, rested))
 
     def refresh(self, *, now: bool = False) -> None:
         """Start agents where nodes were placed, take in those that are ready, give up those that are gone.
@@ -148,6 +191,10 @@ class Membership:
             if member.ready and member.slot.node_id not in self._notices.draining
         ]
 
+    def nodes(self) -> set[str]:
+        """Ray's ids of the nodes that agents are on."""
+        return {member.slot.node_id for member in self._members.values()}
+
     def starting(self) -> bool:
         """Whether an agent is on its way."""
         return any(not member.ready for member in self._members.values())
@@ -173,14 +220,14 @@ class Membership:
         draining = node in self._notices.draining or node in draining_nodes()
         preempted = draining or getattr(error, "preempted", False)
         # Nor is a node tried again and again on which an agent does not come up.
-        shunned = silent or not member.ready
+        shunned = silent or not (member.ready or member.rested)
         if shunned:
             self._notices.shunned_until[node] = time.monotonic() + _SHUN_S
         self._drop(member, gone=shunned or draining or not alive)
         if not member.ready and not alive:
             # It takes nothing with its node.
             return
-        needed = member.ready or len(self.ready()) < self._min_nodes
+        needed = member.ready or (len(self.ready()) < self._min_nodes and not member.rested)
         charged = needed and not preempted and not self._pulse.stood_still
         # Ray's messages are lists over many lines.
         member.lost_because = " ".join(str(error).split())
@@ -213,26 +260,30 @@ class Membership:
 
     def end(self) -> None:
         """Stop all workers, wait for their last lines and end the agents; a second interrupt still kills them."""
+        if not self._begun:
+            return
         members = [*self._members.values()]
         self._members = {}
         try:
             self._pulse.close()
             if endings := {member.handle.shutdown.remote(): member for member in members}:
                 timeout_s = self._setup.stop_grace_s + _END_WAIT_S
+                timeout_s += ARCHIVE_WAIT_S if self._setup.log_archive else 0.0
                 ended, _ = ray.wait(list(endings), num_returns=len(endings), timeout=timeout_s)
-                self._await_output({mark: endings[ref].address for ref in ended for mark in _marks(ref)})
+                self._await_output()
+                if removals := [endings[ref].handle.remove_files.remote() for ref in ended]:
+                    ray.wait(removals, num_returns=len(removals), timeout=_END_WAIT_S)
         finally:
             for member in members:
                 _kill(member.handle)
 
-    def _await_output(self, addresses: Mapping[str, str]) -> None:
-        """Wait for what ranks printed last, by the marks behind it."""
-        if missing := self._delivery.wait(addresses):
+    def _await_output(self) -> None:
+        """Wait until what ranks printed last is printed here."""
+        if missing := self._output.drain():
             logger.warning(
-                "%s: Ray has not brought all lines that were printed last on %s, they may be missing here. They are in "
-                "the files worker-*.out and worker-*.err of Ray's log folder there.",
+                "%s: not all lines that were printed last on %s have come; they may be missing here.",
                 self._setup.name,
-                ", ".join(sorted({addresses[mark] for mark in missing})),
+                ", ".join(sorted(missing)),
             )
 
     def _start(self, slot: Slot, address: str) -> Member:
@@ -247,7 +298,10 @@ class Membership:
         )
         handle: Any = actor.remote(self._setup, address)
         handle.expect_load.remote()
-        return Member(next(self._numbers), slot, address, handle, handle.load.remote(self._payload))
+        return Member(next(self._numbers), slot, address, handle, self._load(handle))
+
+    def _load(self, handle: Any) -> Any:
+        return handle.load.remote(self._setup, self._payload)
 
     def _take_in(self) -> None:
         starting = {member.started: member for member in self._members.values() if not member.ready}
@@ -268,6 +322,8 @@ class Membership:
             else:
                 member.ready = True
                 self._pulse.watch(member.number, member.handle)
+                if self._setup.logs != "none":
+                    self._output.follow(member.number, member.handle, member.address)
 
     def _hear(self) -> None:
         silent = self._pulse.silent()
@@ -292,6 +348,7 @@ class Membership:
 
     def _drop(self, member: Member, *, gone: bool) -> None:
         self._pulse.forget(member.number)
+        self._output.give_up(member.number)
         del self._members[member.slot.index]
         self._reservation.lost(member.slot.index, gone=gone)
         _kill(member.handle)
@@ -307,32 +364,22 @@ class Membership:
 
 
 @contextmanager
-def agents_on(
-    reservation: Reservation, setup: AgentSetup, payload: bytes, min_nodes: int, delivery: Delivery
-) -> Iterator[Membership]:
-    """Have agents wherever nodes are reserved; they and their workers end with the context.
-
-    Args:
-        reservation: Where they may run.
-        setup: What each is given.
-        payload: The pickled call.
-        min_nodes: As many are needed.
-        delivery: Of what their ranks print.
-    """
-    membership = Membership(reservation, setup, ray.put(payload), min_nodes, delivery)
+def agents_on(reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> Iterator[Membership]:
+    """Have agents wherever nodes are reserved; they and their workers end with the context. As ``Membership``."""
+    membership = Membership(reservation, min_nodes, silence_timeout_s)
     try:
         yield membership
     finally:
         membership.end()
 
 
-def _marks(ref: Any) -> tuple[str, ...]:
-    """What an agent has answered to its end; one that is gone is not waited for."""
+def _answered(ref: Any) -> bool:
+    """Whether an agent has done what it was asked; one that is gone has not."""
     try:
-        marks: tuple[str, ...] = ray.get(ref)
-    except RayError:
-        return ()
-    return marks
+        ray.get(ref)
+    except (RayError, SupervisorLostError):
+        return False
+    return True
 
 
 def _kill(handle: Any) -> None:

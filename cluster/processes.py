@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from kfpytorch_ray.cluster import forkserver, worker
 from kfpytorch_ray.cluster.memory import OutOfMemoryWatch
-from kfpytorch_ray.cluster.output import Outlet, Tail, Tails
+from kfpytorch_ray.cluster.output import RoundOutput
 from kfpytorch_ray.cluster.protocol import WorkerSpec
 from kfpytorch_ray.cluster.records import Ended
 from kfpytorch_ray.cluster.stacks import Hanging, find_py_spy, take_stacks
@@ -41,12 +41,11 @@ class ForkedWorkers(PContext):
         name: Of the role, for log lines.
         envs: Environment by local rank; torch adds TORCHELASTIC_ERROR_FILE.
         logs_specs: Where output and error files go.
-        log_line_prefixes: What each line of a worker's output starts with when it is passed on.
         make_spec: Completes a worker's spec: (local rank, environment, stdout file, stderr file).
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         failing: Called when a worker has failed, before the others are stopped.
         page: Is told who the workers are, and tells them when they are to stop.
-        outlets: Where their standard output and standard error are passed on.
+        output: Where their standard output and standard error go.
     """
 
     def __init__(
@@ -54,20 +53,15 @@ class ForkedWorkers(PContext):
         name: str,
         envs: dict[int, dict[str, str]],
         logs_specs: LogsSpecs,
-        log_line_prefixes: dict[int, str] | None,
         make_spec: Callable[[int, Mapping[str, str], str, str], WorkerSpec],
         stop_grace_s: float,
         failing: Callable[[], None],
         page: HeartbeatPage,
-        outlets: tuple[Outlet, Outlet],
+        output: RoundOutput,
     ) -> None:
-        super().__init__(name, worker.main, dict.fromkeys(envs, ()), envs, logs_specs, log_line_prefixes)
-        prefixes = log_line_prefixes or {}
-        self._output = Tails(
-            Tail(path, prefixes.get(rank, ""), outlet)
-            for paths, outlet in zip((self.stdouts, self.stderrs), outlets, strict=True)
-            for rank, path in paths.items()
-        )
+        super().__init__(name, worker.main, dict.fromkeys(envs, ()), envs, logs_specs, None)
+        ranks = {local_rank: int(environment["RANK"]) for local_rank, environment in envs.items()}
+        self._output = output.tails(ranks, self.stdouts, self.stderrs)
         self._make_spec = make_spec
         self._stop_grace_s = stop_grace_s
         self._failing = failing

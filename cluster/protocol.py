@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kfpytorch_ray.config import DEFAULT_MAX_LOG_BYTES
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.results import RankRecord, Stage
 
 
 @dataclass(frozen=True, slots=True)
 class AgentSetup:
-    """What an agent needs once, before its first round.
+    """What an agent needs once for a launch, before its first round.
 
     Attributes:
         name: Of the launch, for people.
@@ -34,7 +35,10 @@ class AgentSetup:
         monitor_interval_s: Longest time between two looks at the workers.
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         silence_timeout_s: Seconds without a pulse of the controller after which the agent and its workers end.
-        output_token: Part of the marks behind what ranks print; empty: nobody waits for them, and there are none.
+        launch_id: Another one for every launch, so that an order which comes late stops no round of the next launch.
+        logs: Whose lines the driver prints: ``"rank0"``, ``"all"`` or ``"none"``.
+        max_log_bytes: Largest file of one rank's lines in one round.
+        log_archive: URI of the folder where these files are kept; empty: nowhere.
     """
 
     name: str
@@ -52,7 +56,20 @@ class AgentSetup:
     monitor_interval_s: float
     stop_grace_s: float
     silence_timeout_s: float
-    output_token: str = ""
+    launch_id: str = ""
+    logs: str = "rank0"
+    max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
+    log_archive: str = ""
+
+    def same_agent(self, other: AgentSetup) -> bool:
+        """Whether the agents of one launch can serve the other.
+
+        What modules may have read while they were imported, and what agents were built for, has to be the same.
+        """
+        ours, theirs = (
+            (one.nproc_per_node, one.environment, one.preload, one.silence_timeout_s) for one in (self, other)
+        )
+        return ours == theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +179,7 @@ class SupervisorSetup:
     """What an agent gives its supervisor process.
 
     Attributes:
-        setup: The agent's own.
+        nproc_per_node: Workers of this agent.
         address: The address that Ray knows for this node.
         folder: For logs and error files.
         payload: File with the pickled call.
@@ -170,7 +187,7 @@ class SupervisorSetup:
         preload: Modules that the fork server should have imported.
     """
 
-    setup: AgentSetup
+    nproc_per_node: int
     address: str
     folder: str
     payload: str
@@ -183,6 +200,24 @@ class Ready:
     """First word of a supervisor: the fork server is warm, but for these modules."""
 
     missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginLaunch:
+    """Comes before the rounds of a launch; answered with None. No order of the launch before counts any more.
+
+    Attributes:
+        setup: What holds for all rounds.
+        folder: For the launch's files: what its ranks print, error files.
+    """
+
+    setup: AgentSetup
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndLaunch:
+    """Asks for the last log lines to be passed on; answered when they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +240,7 @@ class StopRound:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Asks the supervisor to pass on the last log lines and end; answered with the marks behind them when it has."""
+    """Asks the supervisor to pass on the last log lines and end; answered when it has passed them on."""
 
 
 @dataclass(frozen=True, slots=True)

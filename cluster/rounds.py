@@ -123,7 +123,7 @@ class Round:
                 master_port=port,
             )
             self._pending[member.handle.run_round.remote(assignment)] = node_rank
-            self._failing.add(member.handle.wait_for_failure.remote(self._index))
+            self._failing.add(member.handle.wait_for_failure.remote(self._setup.launch_id, self._index))
         return True
 
     def _wait(self) -> None:
@@ -234,13 +234,13 @@ class Round:
         logger.info("%s: round %s ends because %s.", self._setup.name, self._index, ending.value)
         self._end(ending, time.monotonic() + grace_s)
         self._returned_unasked = frozenset(self._reports)
-        self._asked = {member.handle.request_stop.remote(self._index) for member in self._crew}
+        self._asked = {member.handle.request_stop.remote(self._setup.launch_id, self._index) for member in self._crew}
 
     def _stop(self) -> None:
         self._stopped_at = time.monotonic()
         for member in self._crew:
             if self._membership.has(member):
-                member.handle.stop_round.remote(self._index, self._ending is Ending.HUNG)
+                member.handle.stop_round.remote(self._setup.launch_id, self._index, self._ending is Ending.HUNG)
 
     def _all_returned(self) -> bool:
         return len(self._reports) == len(self._crew) and all(

@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,12 @@ from torch.distributed import TCPStore
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
 from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
 from kfpytorch_ray.cluster.guardian import kill_all, strays
-from kfpytorch_ray.cluster.output import Outlet
+from kfpytorch_ray.cluster.output import LOGS, SPOOL, RoundOutput
+from kfpytorch_ray.cluster.output_spool import OutputSpool
 from kfpytorch_ray.cluster.processes import ForkedWorkers
 from kfpytorch_ray.cluster.protocol import (
+    BeginLaunch,
+    EndLaunch,
     Failed,
     Failing,
     Finished,
@@ -68,35 +70,36 @@ def main(connection: Connection, given: SupervisorSetup) -> None:
             except Exception:  # noqa: BLE001 - the actor raises it where somebody can read it
                 answer = Failed(traceback.format_exc())
             connection.send(answer)
-        connection.send(supervisor.finish_output())
+        supervisor.finish_output()
+        connection.send(True)
 
 
-@dataclass
 class _Supervisor:
-    connection: Connection
-    given: SupervisorSetup
-    store: TCPStore | None = None
-    stopped_round: int = -1
-    hung_round: int = -1
-    workers: ForkedWorkers | None = None
-
-    def __post_init__(self) -> None:
-        self.page_path = Path(self.given.folder, PAGE_NAME)
+    def __init__(self, connection: Connection, given: SupervisorSetup) -> None:
+        self.connection = connection
+        self.given = given
+        self.page_path = Path(given.folder, PAGE_NAME)
         self.page = HeartbeatPage.open(self.page_path)
-        # Where Ray's processes do not write to files, no lines come to the driver, and no marks.
-        token = "" if os.environ.get("RAY_LOG_TO_STDERR") == "1" else self.given.setup.output_token
-        self.outlets = (Outlet(sys.stdout, token), Outlet(sys.stderr, token))
+        self.launch: _Launch | None = None
 
-    def answer(self, request: OpenStore | RoundAssignment) -> int | Finished:
+    def answer(self, request: BeginLaunch | EndLaunch | OpenStore | RoundAssignment) -> Any:
+        if isinstance(request, BeginLaunch):
+            self.launch = _Launch(request)
+            return None
+        assert self.launch is not None
+        if isinstance(request, EndLaunch):
+            self.launch.finish_output()
+            self.launch = None
+            return None
         if isinstance(request, OpenStore):
-            self.store = open_store(self.given.address)
-            return self.store.port
-        return self._run_round(request)
+            self.launch.store = open_store(self.given.address)
+            return self.launch.store.port
+        return self._run_round(self.launch, request)
 
-    def _run_round(self, assignment: RoundAssignment) -> Finished:
+    def _run_round(self, launch: _Launch, assignment: RoundAssignment) -> Finished:
         given = self.given
-        setup = given.setup
-        folder = Path(given.folder, f"round-{assignment.round_index}")
+        setup = launch.setup
+        folder = launch.folder / f"round-{assignment.round_index}"
         folder.mkdir()
         stems = {rank: f"{assignment.round_index}-{rank}" for rank in range(setup.nproc_per_node)}
         failures = {rank: folder / f"failure-{rank}" for rank in stems}
@@ -121,14 +124,21 @@ class _Supervisor:
         agent = RoundAgent(
             setup,
             assignment,
-            store=self.store if assignment.node_rank == 0 else None,
+            store=launch.store if assignment.node_rank == 0 else None,
             log_folder=str(folder),
             make_spec=make_spec,
             orders=self.connection,
             stop_ordered=lambda: self._stop_ordered(assignment.round_index),
             failing=lambda: self.connection.send(Failing()),
             page=self.page,
-            outlets=self.outlets,
+            output=RoundOutput(
+                folder=launch.folder / LOGS,
+                round_index=assignment.round_index,
+                node_rank=assignment.node_rank,
+                logs=setup.logs,
+                limit_bytes=setup.max_log_bytes,
+                spool=launch.spool,
+            ),
         )
         started_at = time.time()
         self.page.start_round(assignment.round_index)
@@ -138,8 +148,8 @@ class _Supervisor:
         finally:
             self.page.end_round()
             _end_strays()
-            self.workers = agent.workers
-            self.finish_output()
+            launch.workers = agent.workers
+            launch.finish_output()
         beats = self.page.read()
         records = tuple(
             record_of(
@@ -169,31 +179,48 @@ class _Supervisor:
             stderr=None if agent.workers is None else agent.workers.stderrs[rank],
         )
 
-    def finish_output(self) -> tuple[str, ...]:
-        """Pass on the last lines of the last round; the marks behind them, none where nothing was ever printed."""
-        if self.workers is not None:
-            self.workers.finish_output(_OUTPUT_WAIT_S)
-        marks: list[str] = []
-        for outlet in self.outlets:
-            # A full disk, most likely: the lines are not there either.
-            with contextlib.suppress(OSError):
-                if (mark := outlet.mark()) is not None:
-                    marks.append(mark)
-        return tuple(marks)
+    def finish_output(self) -> None:
+        """Pass on the last lines of a launch."""
+        if self.launch is not None:
+            self.launch.finish_output()
 
     def take(self, order: StopRound) -> None:
         """Remember an order; the round that it is about may not have come yet."""
-        self.stopped_round = max(self.stopped_round, order.round_index)
-        if order.hung:
-            self.hung_round = max(self.hung_round, order.round_index)
+        if self.launch is not None:
+            self.launch.take(order)
 
     def _stop_ordered(self, round_index: int) -> StopRound | None:
         """Take the orders that have come; what they say about this round."""
         while self.connection.poll():
             self.take(self.connection.recv())
-        if self.stopped_round < round_index:
+        return None if self.launch is None else self.launch.order_for(round_index)
+
+
+class _Launch:
+    """What the supervisor has of one launch; nothing of it reaches the next."""
+
+    def __init__(self, begin: BeginLaunch) -> None:
+        self.setup = begin.setup
+        self.folder = Path(begin.folder)
+        self.spool = OutputSpool(self.folder / SPOOL)
+        self.store: TCPStore | None = None
+        self.workers: ForkedWorkers | None = None
+        self._stopped_round = -1
+        self._hung_round = -1
+
+    def take(self, order: StopRound) -> None:
+        self._stopped_round = max(self._stopped_round, order.round_index)
+        if order.hung:
+            self._hung_round = max(self._hung_round, order.round_index)
+
+    def order_for(self, round_index: int) -> StopRound | None:
+        if self._stopped_round < round_index:
             return None
-        return StopRound(round_index, hung=self.hung_round == round_index)
+        return StopRound(round_index, hung=self._hung_round == round_index)
+
+    def finish_output(self) -> None:
+        if self.workers is not None:
+            self.workers.finish_output(_OUTPUT_WAIT_S)
 
 
 def _end_strays() -> None:

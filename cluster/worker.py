@@ -7,6 +7,8 @@ nothing of its parent's state but imported modules. It leads a process group of 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import hashlib
 import os
 import sys
@@ -28,6 +30,9 @@ from kfpytorch_ray.cluster.worker_failure import failures_written, format_traceb
 from kfpytorch_ray.flyte_files import upload_files
 from kfpytorch_ray.payload import load_payload
 from kfpytorch_ray.results import Stage
+
+_LINE_BUFFERED = 1
+"""_IOLBF of stdio.h."""
 
 
 def main(spec: WorkerSpec) -> None:
@@ -100,7 +105,16 @@ def _redirect_output(spec: WorkerSpec) -> None:
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(target, stream.fileno())
         os.close(target)
+        # Whole lines are there as soon as they are printed, and a line of two threads or children stays one.
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    _buffer_lines_of_c()
+
+
+def _buffer_lines_of_c() -> None:
+    """C libraries would keep what they print to a file until 4096 bytes are together, and lose it at a crash."""
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(ValueError):
+        libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _LINE_BUFFERED, ctypes.c_size_t(0))
 
 
 def _reseed() -> None:

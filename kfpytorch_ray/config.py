@@ -73,6 +73,12 @@ DEFAULT_WORKING_DIR_EXCLUDES = (
 DEFAULT_MAX_WORKING_DIR_BYTES = 100 * 2**20
 """A project's code is far smaller; the job API takes no more."""
 
+LOGS = ("rank0", "all", "none")
+"""Whose lines a driver may print; the default first."""
+
+DEFAULT_MAX_LOG_BYTES = 64 * 2**20
+"""Hundreds of thousands of lines: far more than anybody reads, and little beside a checkpoint."""
+
 ON_INTERRUPT = ("ask", "stop", "detach")
 """What an interruption may do to a remote run; the default first."""
 
@@ -186,6 +192,13 @@ class RayRunOptions(CallOptions):
         grow_cooldown_s: Shortest time that a round runs before it is ended because more nodes have arrived.
         hang_timeout_s: Seconds without ``kfpytorch_ray.progress()`` or a checkpoint by any rank after which the round
             fails, with the stacks of all ranks. None: no limit.
+        logs: Whose lines the driver prints, as ``[rank 3 | node 1] ...``: ``"rank0"``, ``"all"`` or ``"none"``. The
+            last lines of ranks that fail are printed in any case.
+        max_log_bytes: Largest file of what one rank prints in one round. Of more, the beginning (half of it) and the
+            end (at least a quarter) are kept.
+        log_folder: Folder (any fsspec URI that the nodes reach) in which these files are kept, in a folder of the
+            launch's own: ``round-0/rank-3.log``. ``""``: nowhere. None: beside the raw outputs of a Flyte execution,
+            under ``outputs/<run id>/logs`` in the storage of a remote run, else nowhere.
         **options: As in ``CallOptions``.
     """
 
@@ -195,6 +208,9 @@ class RayRunOptions(CallOptions):
     checkpoint_grace_s: float = 30.0
     grow_cooldown_s: float = 60.0
     hang_timeout_s: float | None = None
+    logs: str = LOGS[0]
+    max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
+    log_folder: str | None = None
     runtime_env: dict[str, Any] | None = None
 
 
@@ -300,9 +316,12 @@ class RayBackend(StoredRunOptions, RayRunOptions):
         autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
             until the join timeout, instead of being refused at once.
         headers: HTTP headers of every request to the job API. Ray's own token needs none: ``RAY_AUTH_TOKEN``, or the
-            file that ``RAY_AUTH_TOKEN_PATH`` names, is sent where ``RAY_AUTH_MODE=token``. For a remote address only,
-            as all that follow.
-        verify: Whether the server's TLS certificate is verified, or the file or folder of certificates to trust.
+            file that ``RAY_AUTH_TOKEN_PATH`` names, is sent where ``RAY_AUTH_MODE=token``. For a remote address only.
+        verify: Whether the server's TLS certificate is verified, or the file or folder of certificates to trust. For a
+            remote address only.
+        keep_warm_s: Seconds for which agents and their nodes are kept after a launch, for the next one of this process
+            with the same nodes, workers, environment and ``preload``: that starts in a tenth of a second. Given back
+            sooner when somebody waits for them. Not for a remote address, whose driver ends with its run.
         **options: As in ``StoredRunOptions``, which are for a remote address only, and in ``RayRunOptions``.
     """
 
@@ -313,6 +332,7 @@ class RayBackend(StoredRunOptions, RayRunOptions):
     autoscaling: bool = False
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     verify: bool | str = True
+    keep_warm_s: float = 0.0
 
 
 @dataclass(kw_only=True)

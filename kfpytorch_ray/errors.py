@@ -171,6 +171,24 @@ class LaunchError(KfpytorchRayError, RuntimeError):
     def __str__(self) -> str:
         return self.message
 
+    @property
+    def logs(self) -> dict[int, tuple[str, ...]]:
+        """URIs of the files with what each rank printed, by rank, one for each round; none where they are not kept."""
+        from kfpytorch_ray.results import logs_of
+
+        return logs_of(self.rounds)
+
+    def add(self, message: str, rounds: tuple[RoundRecord, ...]) -> None:
+        """Say more, once more is known.
+
+        Args:
+            message: Further lines.
+            rounds: The records with what is known now.
+        """
+        self.message = f"{self.message}\n{message}" if message else self.message
+        self.rounds = rounds
+        self.args = (self.message, self.timestamp, rounds)
+
 
 class WorkerFailedError(LaunchError):
     """A rank raised, exited with a code other than 0, or was killed by a signal.

@@ -45,6 +45,7 @@ class FlyteContext:
         checkpoint_src: Where an earlier attempt left them; None without one.
         execution_id: Variables that name project, domain and execution to flytekit.
         staged_prefix: Where files among the inputs were staged, to be removed with this call; empty if none are.
+        logs_prefix: Where what ranks print is kept; empty: nowhere, unless the backend's options say so.
     """
 
     raw_output_prefix: str
@@ -52,6 +53,7 @@ class FlyteContext:
     checkpoint_src: str | None = None
     execution_id: Mapping[str, str] = field(default_factory=dict)
     staged_prefix: str = ""
+    logs_prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import Any
 import flytekit
 from flytekit import Resources
 from flytekit.core.context_manager import ExecutionParameters, FlyteContextManager
+from flytekit.core.data_persistence import FileAccessProvider
 from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.checks import parse_nnodes, worker_count
@@ -201,12 +202,15 @@ def current_context() -> ExecutionParameters:
 
 def _flyte_context(call: Call, *, inherited: bool = False) -> FlyteContext:
     flyte = flyte_context_of(call.context, inherited=inherited)
+    prefix = flyte.raw_output_prefix.rstrip("/")
+    # Elsewhere the raw outputs are a temporary folder of one machine.
+    kept = bool(flyte.execution_id) or FileAccessProvider.is_remote(prefix)
     if not call.keeps_checkpoints:
-        return flyte
+        return dataclasses.replace(flyte, logs_prefix=f"{prefix}/logs" if kept else "")
     place = flyte.checkpoint_dest
     if not place:
-        prefix = flyte.raw_output_prefix.rstrip("/")
-        return dataclasses.replace(flyte, checkpoint_dest=f"{prefix}/checkpoints/{call.run_id}")
+        logs = f"{prefix}/logs/{call.run_id}" if kept else ""
+        return dataclasses.replace(flyte, checkpoint_dest=f"{prefix}/checkpoints/{call.run_id}", logs_prefix=logs)
     # A task may launch several times; the next attempt makes the same launches in the same order.
     folder = f"launch-{_launches_of[place]}"
     _launches_of[place] += 1
@@ -215,6 +219,7 @@ def _flyte_context(call: Call, *, inherited: bool = False) -> FlyteContext:
         flyte,
         checkpoint_dest=f"{place.rstrip('/')}/{folder}",
         checkpoint_src=f"{before.rstrip('/')}/{folder}" if before else None,
+        logs_prefix=f"{prefix}/logs/{folder}" if kept else "",
     )
 
 

@@ -21,21 +21,38 @@ from kfpytorch_ray.storage import Storage
 
 OUTPUTS = "outputs"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
 
 
-def relocated(plan: LaunchPlan, storage: Storage, run_id: str) -> LaunchPlan:
+def outputs_of(plan: LaunchPlan, storage: Storage, run_id: str) -> tuple[str, str]:
+    """Where the workers write their outputs, and where what they print is kept.
+
+    Args:
+        plan: As it was made here.
+        storage: That this machine and the workers share.
+        run_id: Names the run's folders there.
+    """
+    flyte = plan.flyte
+    if _is_remote(flyte.raw_output_prefix):
+        return flyte.raw_output_prefix, flyte.logs_prefix
+    outputs = f"{storage.prefix}/{OUTPUTS}/{run_id}"
+    return outputs, f"{outputs}/{LOGS}"
+
+
+def relocated(plan: LaunchPlan, storage: Storage, run_id: str, log_archive: str | None = None) -> LaunchPlan:
     """The plan with places that its workers reach; files among its inputs are uploaded.
 
     Args:
         plan: As it was made here.
         storage: That this machine and the workers share.
         run_id: Names the run's folders there.
+        log_archive: Where what ranks print is kept; empty: nowhere. None: beside the outputs.
 
     Raises:
         StorageError: A file among the inputs cannot be uploaded.
     """
     flyte = plan.flyte
-    outputs = flyte.raw_output_prefix if _is_remote(flyte.raw_output_prefix) else f"{storage.prefix}/{OUTPUTS}/{run_id}"
+    outputs, logs = outputs_of(plan, storage, run_id)
     destination = flyte.checkpoint_dest
     if destination is not None and not _is_remote(destination):
         destination = f"{storage.prefix}/{CHECKPOINTS}/{plan.run_id}"
@@ -52,6 +69,7 @@ def relocated(plan: LaunchPlan, storage: Storage, run_id: str) -> LaunchPlan:
         checkpoint_dest=destination,
         checkpoint_src=source,
         staged_prefix=inputs.prefix,
+        logs_prefix=logs if log_archive is None else log_archive,
     )
     return replace(plan, args=args, kwargs=kwargs, flyte=moved)
 

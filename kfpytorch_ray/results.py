@@ -6,7 +6,7 @@ on another machine is fetched is a callable that the backend hands in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -88,6 +88,8 @@ class RankRecord:
         progressed: Whether it called ``progress()`` or wrote a checkpoint in this round.
         step: The last one that it told ``progress()``; None if it told none.
         stacks: Of all its threads, where it hung; empty otherwise.
+        logs: URIs of the files with what it printed in this round, where they are kept: one, or where its node was
+            lost meanwhile up to three, to be read in their order.
     """
 
     rank: int
@@ -107,6 +109,7 @@ class RankRecord:
     progressed: bool = False
     step: int | None = None
     stacks: str = ""
+    logs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,16 @@ class RoundRecord:
     def succeeded(self) -> bool:
         """Whether every rank returned."""
         return all(rank.outcome is Outcome.SUCCEEDED for rank in self.ranks)
+
+
+def logs_of(rounds: Iterable[RoundRecord]) -> dict[int, tuple[str, ...]]:
+    """URIs of the files with what each rank printed, by rank, in the order of rounds; none where they are not kept."""
+    logs: dict[int, tuple[str, ...]] = {}
+    for record in rounds:
+        for rank in record.ranks:
+            if rank.logs:
+                logs[rank.rank] = (*logs.get(rank.rank, ()), *rank.logs)
+    return dict(sorted(logs.items()))
 
 
 class ElasticResult(Mapping[int, ElasticWorkerResult]):
@@ -184,3 +197,8 @@ class ElasticResult(Mapping[int, ElasticWorkerResult]):
     def decks(self) -> list[Deck]:
         """Rank 0's decks; those of rank 1 are ``result[1].decks``."""
         return self[0].decks
+
+    @property
+    def logs(self) -> dict[int, tuple[str, ...]]:
+        """URIs of the files with what each rank printed, by rank, one for each round; none where they are not kept."""
+        return logs_of(self.rounds)

@@ -106,6 +106,8 @@ class Manifest(Json):
         nproc_per_node: Workers on each node.
         retention_s: Seconds after which what it left may be removed.
         lease_s: Seconds without a sign of life after which it stops itself; None without a lease.
+        logs: Whose lines its driver prints.
+        log_archive: URI of the folder where the files with every rank's lines are kept; empty: nowhere.
     """
 
     run_id: str
@@ -119,6 +121,8 @@ class Manifest(Json):
     nproc_per_node: int
     retention_s: float
     lease_s: float | None = None
+    logs: str = "all"
+    log_archive: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,21 @@ class Storage:
                 return []
         return sorted({Path(path).name for path in found if path.rstrip("/") != self._root})
 
+    def files(self) -> list[str]:
+        """Names of all files below this folder, relative to it; none where it does not exist.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+        with self._told("listed"):
+            self._files.invalidate_cache()
+            try:
+                found = self._files.find(self._root)
+            except FileNotFoundError:
+                return []
+            root = str(self._files._strip_protocol(self._root)).rstrip("/")
+            return sorted(str(path).removeprefix(f"{root}/") for path in found)
+
     def changed_at(self, name: str) -> float | None:
         """When a file, or the newest file in a folder, was written, in seconds since the epoch; None if nobody knows.
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
 from kfpytorch_ray.cluster.interruption import interruptible, wants_to_stop
+from kfpytorch_ray.cluster.log_archive import RankFiles
+from kfpytorch_ray.cluster.output import shows
 from kfpytorch_ray.cluster.remote.job import ClusterJob, JobState
 from kfpytorch_ray.cluster.remote.lease import LeaseKeeper
 from kfpytorch_ray.cluster.remote.outcome import Downloads, read_record, write_failure
@@ -47,9 +49,10 @@ _LOOK_S = 1.0
 _STOP_WAIT_S = 120.0
 _SUBMITTING_S = 120.0
 """How long a manifest may be there before its job is, which was not seen yet."""
+_COPY_LOOK_S = 5.0
 _TAIL_LINES = 20
 
-_RANK = re.compile(r"\[rank (\d+)\] ")
+_RANK = re.compile(r"\[rank (\d+)(?: \| node \d+)?\] ")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -106,10 +109,29 @@ class RemoteRun:
 
     def logs(self, *, follow: bool = False, rank: int | None = None) -> Iterator[str]:
         """The lines of its driver and ranks."""
+        manifest = self._manifest
+        if rank is not None and manifest.log_archive and not shows(manifest.logs, rank):
+            yield from self._own_lines(rank, follow=follow)
+            return
         texts = self._growing_log() if follow else iter([self._whole_log()])
         for line in _lines(texts):
             if rank is None or _rank_of(line) == rank:
                 yield line
+
+    def _own_lines(self, rank: int, *, follow: bool) -> Iterator[str]:
+        """The lines of a rank that are not in the driver's log, from its own files."""
+        files = RankFiles(Storage(self._manifest.log_archive), rank)
+        if follow and not self.status().ended:
+            tell(
+                f"the driver of the run {self.run_id} does not print the lines of rank {rank} (logs="
+                f"{self._manifest.logs!r}). They come from the copies of its file, at intervals of 10 s to 5 min."
+            )
+            pause = threading.Event()
+            with LeaseKeeper(self._folder, self._manifest.lease_s):
+                for _ in self._looks(None):
+                    yield from files.new_lines()
+                    pause.wait(_COPY_LOOK_S)
+        yield from files.new_lines(last=True)
 
     def _whole_log(self) -> str:
         kept = self._folder.read(DRIVER_LOG)

@@ -21,13 +21,14 @@ from kfpytorch_ray.cli.options import (
 )
 from kfpytorch_ray.cli.reporting import output_on_stderr, print_json, result_as_json, span
 from kfpytorch_ray.cli.targets import find_target
+from kfpytorch_ray.config import LOGS
 from kfpytorch_ray.launch import launch_function
 from kfpytorch_ray.notices import tell
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
 
 _ELASTIC = ("nnodes", "nproc_per_node", "max_restarts")
-_BACKEND = ("address", "storage", "working_dir", "resources_per_node", "lease_s", "on_interrupt", "verify")
+_BACKEND = ("address", "storage", "working_dir", "resources_per_node", "lease_s", "on_interrupt", "verify", "logs")
 """Our options by the fields of ``Elastic`` and of the backend's options object that they are."""
 
 
@@ -89,6 +90,11 @@ _BACKEND = ("address", "storage", "working_dir", "resources_per_node", "lease_s"
     "--on-interrupt",
     type=click.Choice(["ask", "stop", "detach"]),
     help="What Ctrl-C does to a run on a cluster elsewhere. The default is to ask.",
+)
+@click.option(
+    "--logs",
+    type=click.Choice(LOGS),
+    help="Whose lines are printed. The default is rank 0's, and the last ones of ranks that fail.",
 )
 @click.option("--detach", is_flag=True, help="Print the run's id and return; the run goes on, on a cluster elsewhere.")
 @verify_option

@@ -83,6 +83,7 @@ def backend(control_plane: Path, namespace: str, ray_cluster: str, shared_folder
         kubeconfig=str(control_plane),
         storage=shared_folder,
         cluster=ray_cluster,
+        logs="all",
     )
 
 

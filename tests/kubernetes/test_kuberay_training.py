@@ -38,6 +38,7 @@ def backend(
         requests=small,
         head_requests=small,
         grow_cooldown_s=1.0,
+        logs="all",
     )
 
 

@@ -7,19 +7,17 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from kfpytorch_ray.cluster.output import MARK
-
 LINES = 1000
-TIMES = 10
+TIMES = 2
 
 DRIVER = f"""
-import os, signal, sys, threading, time
+import os, signal, sys, time
 from kfpytorch_ray import Elastic, LaunchError, RayBackend, launch
-from kfpytorch_ray.cluster.delivery import Delivery
-from kfpytorch_ray.testing import LaptopCluster, meanwhile, wait_until
+from kfpytorch_ray.testing import LaptopCluster
 from kfpytorch_ray.testing.processes import all_processes, command
 
 def say(name, stream):
@@ -37,57 +35,33 @@ def fail(name):
     say(name, sys.stderr)
     raise RuntimeError(name)
 
-def run(function, name):
+def run(function, name, **options):
+    backend = RayBackend(stop_grace_s=1.0, **options)
     try:
-        launch(function, name, elastic=Elastic(nnodes=2, max_restarts=0, backend=RayBackend(stop_grace_s=1.0)))
+        result = launch(function, name, elastic=Elastic(nnodes=2, backend=backend))
+        logs = result.logs
     except LaunchError as error:
         print(type(error).__name__, name)
+        print(f"<error {{name}}>{{error}}</error>")
+        logs = error.logs
+    for rank, paths in logs.items():
+        for path in paths:
+            print(f"<kept {{name}} {{rank}} {{path}} {{len(open(path).readlines())}}>")
     for stream in (sys.stdout, sys.stderr):
-        # Ray's thread writes to it as well.
         stream.write(f"<over {{name}}>\\n")
         stream.flush()
 
-def waits():
-    frame = sys._current_frames()[threading.main_thread().ident]
-    while frame is not None and frame.f_code is not Delivery.wait.__code__:
-        frame = frame.f_back
-    return frame is not None
-
-def run_held(function, name):
-    monitors = [pid for pid in all_processes() if "/log_monitor.py" in command(pid) and cluster.address in command(pid)]
-    assert monitors
-    over = threading.Event()
-
-    def let_go():
-        wait_until(lambda: over.is_set() or waits(), "the end of the launch", 120)
-        for pid in monitors:
-            os.kill(pid, signal.SIGCONT)
-
-    for pid in monitors:
-        os.kill(pid, signal.SIGSTOP)
-    with meanwhile(let_go):
-        run(function, name)
-        over.set()
-
 with LaptopCluster(nodes=2) as cluster:
-    run_held(succeed, "held-success")
-    run_held(fail, "held-failure")
+    # Ray's log monitors pass on a hundred lines at a time, late, and only once what differs by numbers. Without them:
+    for pid in all_processes():
+        if "/log_monitor.py" in command(pid) and cluster.address in command(pid):
+            os.kill(pid, signal.SIGSTOP)
+    run(fail, "failure", logs="all")
     for time_ in range({TIMES}):
-        run(succeed, f"success-{{time_}}")
-"""
-
-QUIET = """
-import glob, os, sys, tempfile
-import ray
-from kfpytorch_ray import Elastic, launch
-
-folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
-ray.init(address="local", num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
-launch(lambda: print("a line of a rank"), elastic=Elastic(nnodes=1, backend="ray"))
-logs = [open(path).read() for path in glob.glob(f"{folder}/session_latest/logs/worker*.out")]
-print("passed on", sum(text.count("a line of a rank") for text in logs), sum(text.count(sys.argv[1]) for text in logs))
-ray.shutdown()
-__import__("shutil").rmtree(folder, ignore_errors=True)
+        run(succeed, f"success-{{time_}}", logs="all")
+    run(succeed, "default", log_folder=sys.argv[1])
+    run(fail, "failure-of-rank-1", log_folder=sys.argv[1])
+    run(succeed, "none", logs="none")
 """
 
 
@@ -102,7 +76,8 @@ class Output:
 def run_driver(script: str, *arguments: str) -> Output:
     """Run a script by itself to its end."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "KFPYTORCH"))}
-    variables = {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # With what Ray does unless somebody switches it off.
+    variables = {"RAY_DEDUP_LOGS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         env=clean | variables,
@@ -119,44 +94,70 @@ def run_driver(script: str, *arguments: str) -> Output:
 
 
 @pytest.fixture(scope="module")
-def output() -> Output:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where some launches keep their logs."""
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def output(folder: Path) -> Output:
     """Of many launches on the same Ray."""
-    return run_driver(DRIVER)
+    return run_driver(DRIVER, str(folder))
 
 
-def missing(printed: str, name: str, ranks: set[int]) -> set[tuple[int, int]]:
-    """Ranks and numbers of lines that had not been printed when their launch was over."""
+def lines_came(printed: str, name: str) -> set[tuple[int, int]]:
+    """Ranks and numbers of lines that had been printed when their launch was over."""
     before, over, _ = printed.partition(f"<over {name}>")
     assert over
-    came = {(int(rank), int(line)) for rank, line in re.findall(rf"\[rank \d\] <{name} (\d) (\d+)>", before)}
-    return {(rank, line) for rank in ranks for line in range(LINES)} - came
+    found = re.findall(rf"^\[rank (\d) \| node \1\] <{name} \1 (\d+)>$", before, re.MULTILINE)
+    assert len(found) == len(set(found))
+    return {(int(rank), int(line)) for rank, line in found}
+
+
+def lines_of(*ranks: int) -> set[tuple[int, int]]:
+    return {(rank, line) for rank in ranks for line in range(LINES)}
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_every_line_is_there_when_a_launch_returns(output: Output, stream: str) -> None:
-    """What all ranks print right before they return, each time."""
+    """What all ranks print right before they return or raise, once, with rank and node; the traceback is last."""
     printed = getattr(output, stream)
-    names = [f"success-{time}" for time in range(TIMES)]
-    assert {name: missing(printed, name, {0, 1}) for name in names} == {name: set() for name in names}
-
-
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_lines_that_are_late_are_waited_for(output: Output, stream: str) -> None:
-    """Ray's log monitors stand still until everything else is over; of a rank that fails, the traceback is last."""
-    printed = getattr(output, stream)
-    assert "WorkerFailedError held-failure\n" in output.stdout
-    assert missing(printed, "held-success", {0, 1}) == set()
-    assert missing(printed, "held-failure", {1}) == set()
+    for name in (f"success-{time}" for time in range(TIMES)):
+        assert lines_of(0, 1) - lines_came(printed, name) == set()
+    assert lines_of(1) - lines_came(printed, "failure") == set()
+    assert "WorkerFailedError failure\n" in output.stdout
     if stream == "stderr":
-        assert "[rank 1] RuntimeError: held-failure\n" in printed.partition("<over held-failure>")[0]
-
-
-def test_nobody_sees_how_it_is_known(output: Output) -> None:
-    """The marks behind the last lines are not printed, and no line is said to be missing."""
-    assert MARK not in output.stdout + output.stderr
+        assert "[rank 1 | node 1] RuntimeError: failure\n" in printed.partition("<over failure>")[0]
     assert "may be missing" not in output.stderr
 
 
-def test_lines_that_do_not_come_to_the_driver_are_not_waited_for() -> None:
-    """With ``ray.init(log_to_driver=False)`` there is nothing to wait for, and nothing is marked."""
-    assert "passed on 1 0\n" in run_driver(QUIET, MARK).stdout
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_whose_lines_are_printed(output: Output, stream: str) -> None:
+    """Rank 0's where nothing else is asked, or nobody's."""
+    printed = getattr(output, stream)
+    assert lines_came(printed, "default") == lines_of(0)
+    assert lines_came(printed, "none") == set()
+
+
+def test_the_last_lines_of_a_failed_rank_are_printed(output: Output) -> None:
+    """Although it is not rank 0, with what it raised; and where the others are is in the error."""
+    printed = output.stderr.partition("<over failure-of-rank-1>")[0]
+    assert f"[rank 1 | node 1] <failure-of-rank-1 1 {LINES - 1}>\n" in printed
+    assert "[rank 1 | node 1] RuntimeError: failure-of-rank-1\n" in printed
+    assert f"<failure-of-rank-1 1 {LINES // 2}>" not in printed
+
+
+def test_logs_outlive_the_launch(output: Output, folder: Path) -> None:
+    """Every rank's is whole in the folder that was asked for; result and error name them."""
+    kept = {
+        (name, int(rank)): (path, int(lines))
+        for name, rank, path, lines in re.findall(r"<kept (\S+) (\d) (\S+) (\d+)>", output.stdout)
+    }
+    assert kept.keys() == {("default", 0), ("default", 1), ("failure-of-rank-1", 0), ("failure-of-rank-1", 1)}
+    assert all(path.startswith(f"{folder}/launch-") for path, _ in kept.values())
+    assert [kept["default", rank][1] for rank in range(2)] == [2 * LINES, 2 * LINES]
+    path, lines = kept["failure-of-rank-1", 1]
+    assert path.endswith("/round-0/rank-1.log")
+    assert lines > 2 * LINES
+    (error,) = re.findall(r"<error failure-of-rank-1>(.*?)</error>", output.stdout, re.DOTALL)
+    assert f"rank 1: {path}" in error

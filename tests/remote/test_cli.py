@@ -120,7 +120,18 @@ def test_a_file_is_run_from_any_folder(shell: Shell, head: HeadCluster, tmp_path
 def test_a_detached_run_from_begin_to_end(shell: Shell, head: HeadCluster, tmp_path: Path) -> None:
     """Looked at, followed, taken and cleaned up by other processes than the one that launched it."""
     gate = tmp_path / "gate"
-    arguments = ("--arg", 'config={"base": 4}', "--arg", f"gate={gate}", "--nnodes", 2, "--address", head.address)
+    arguments = (
+        "--arg",
+        'config={"base": 4}',
+        "--arg",
+        f"gate={gate}",
+        "--nnodes",
+        2,
+        "--address",
+        head.address,
+        "--logs",
+        "all",
+    )
     run_id = shell.run("run", "jobs/work.py:work", *arguments, "--detach").strip()
     wait_until(lambda: len([*tmp_path.glob("begun-*")]) == 2, "both ranks to begin", DEADLINE_S)
     assert shell.status(run_id) == "running"
@@ -131,7 +142,7 @@ def test_a_detached_run_from_begin_to_end(shell: Shell, head: HeadCluster, tmp_p
     gate.touch()
     lines, _ = following.communicate(timeout=DEADLINE_S)
     assert following.returncode == 0
-    assert [line.endswith("[rank 1] begun as second") for line in lines.splitlines()] == [True]
+    assert [line.endswith("[rank 1 | node 1] begun as second") for line in lines.splitlines()] == [True]
     assert shell.run("result", run_id, "--keep") == "{'name': 'the right one', 'sum': 4}\n"
     shell.run("result", run_id, "--rank", 1, "--output", tmp_path / "value.pkl")
     assert pickle.loads((tmp_path / "value.pkl").read_bytes())["sum"] == 5

@@ -212,7 +212,7 @@ def test_token_and_certificate(package: dict[str, str], storage: str, tmp_path: 
         assert "AuthenticationError" in output
         assert "RAY_AUTH_TOKEN" in output
     for output in outputs[3:5]:
-        assert "[rank 0] working" in output
+        assert "[rank 0 | node 0] working" in output
         assert f"returned 42 by {run}" in output
     assert run in outputs[5]
     written = [path.read_bytes() for path in Path(storage.removeprefix("file://")).rglob("*") if path.is_file()]
@@ -280,7 +280,7 @@ def test_a_proxy_that_asks_for_a_header(
             assert launch(work, elastic=Elastic(backend=backend))[0].return_value == 42
         finally:
             gate.shutdown()
-    assert "[rank 0] working" in capfd.readouterr().out
+    assert "[rank 0 | node 0] working" in capfd.readouterr().out
 
 
 def test_a_cluster_that_dies(package: dict[str, str], storage: str, tmp_path: Path) -> None:

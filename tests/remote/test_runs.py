@@ -90,7 +90,7 @@ def test_the_same_objects_as_from_a_local_run(
         dist.destroy_process_group()
         return {"total": total + base, "pid": os.getpid(), "folder": flytekit.current_context().checkpoint is not None}
 
-    result = launch(work, 0.5, elastic=elastic(head, storage, nnodes=2))
+    result = launch(work, 0.5, elastic=elastic(head, storage, nnodes=2, logs="all"))
     assert [result[rank].return_value["total"].tolist() for rank in result] == [[1.5] * 3] * 2
     assert result[0].return_value["pid"] != result[1].return_value["pid"]
     result[0].return_value["total"] += 1
@@ -220,18 +220,30 @@ def test_a_run_is_found_by_another_address(head: HeadCluster, storage: str, tmp_
 
 
 def test_the_last_lines_of_every_rank_are_in_the_log(head: HeadCluster, storage: str) -> None:
-    """Also of ranks that print the same, which Ray would pass on once; what was kept of the log has them as well."""
+    """Also of ranks that print the same, which Ray would pass on once; what was kept of the log has them as well.
+
+    Lines that are not in it are in the ranks' own files, which the result names and ``logs(rank=...)`` reads.
+    """
 
     def work() -> None:
         print("the last line")
 
-    run = launch(work, elastic=elastic(head, storage, nnodes=2), wait=False)
+    run = launch(work, elastic=elastic(head, storage, nnodes=2, logs="all"), wait=False)
     followed = list(run.logs(follow=True))
     run.result()
     for lines in (followed, list(run.logs())):
-        assert {line.partition("[rank ")[2] for line in lines if "the last line" in line} == {
-            f"{rank}] the last line" for rank in range(2)
+        assert {line for line in lines if "the last line" in line} == {
+            f"[rank {rank} | node {rank}] the last line" for rank in range(2)
         }
+
+    run = launch(work, elastic=elastic(head, storage, nnodes=2), wait=False)
+    assert list(run.logs(follow=True, rank=1)) == ["the last line"]
+    assert [line for line in run.logs() if "the last line" in line] == ["[rank 0 | node 0] the last line"]
+    assert list(run.logs(rank=0)) == ["[rank 0 | node 0] the last line"]
+    assert list(run.logs(rank=1)) == ["the last line"]
+    (path,) = run.result().logs[1]
+    assert path.endswith(f"outputs/{run.run_id}/logs/round-0/rank-1.log")
+    assert Path(path).read_text() == "the last line\n"
 
 
 def test_cancel(head: HeadCluster, storage: str) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from kfpytorch_ray.cluster.output_spool import Cursor
 from kfpytorch_ray.cluster.pickling import load_parts
 from kfpytorch_ray.cluster.protocol import (
     AgentSetup,
@@ -41,6 +42,7 @@ from kfpytorch_ray.testing import wait_until
 from kfpytorch_ray.testing.processes import all_processes
 from kfpytorch_ray.testing.processes import is_running as runs
 
+LAUNCH = "one"
 ADDRESS = "127.0.0.1"
 
 until = partial(wait_until, what="what the test asks for", timeout_s=60)
@@ -202,6 +204,7 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
         "monitor_interval_s": 60.0,
         "stop_grace_s": 1.0,
         "silence_timeout_s": 3600.0,
+        "launch_id": LAUNCH,
     }
     ours, theirs = Pipe()
     process = subprocess.Popen(
@@ -214,8 +217,9 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
     listener = threading.Thread(target=agent.listen, daemon=True)
     listener.start()
     try:
-        ours.send(AgentSetup(**{**settings, **changes}))
-        agent.call("load", payload)
+        setup = AgentSetup(**{**settings, **changes})
+        ours.send(setup)
+        agent.call("load", setup, payload)
         assert len(agent.folders()) == 2
         yield agent
     finally:
@@ -229,7 +233,7 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     """One for all tests that leave it alive."""
-    with agent_in(tmp_path_factory.mktemp("agent")) as started:
+    with agent_in(tmp_path_factory.mktemp("agent"), max_log_bytes=2**16) as started:
         yield started
 
 
@@ -268,12 +272,12 @@ def test_a_rank_that_leaves_when_it_is_asked_to_has_not_succeeded(agent: Agent) 
     """
     index, ending = agent.start_round(listening, "say('deaf', ''); return 'done'")
     agent.said("asked-0")
-    assert not agent.call("request_stop", index + 1)
-    assert agent.call("request_stop", index)
+    assert not agent.call("request_stop", LAUNCH, index + 1)
+    assert agent.call("request_stop", LAUNCH, index)
     early, done = ending.result(60).ranks
     assert (early.outcome, early.message) == (Outcome.STOPPED, "left after it was asked to stop")
     assert done.outcome is Outcome.SUCCEEDED
-    assert not agent.call("request_stop", index)
+    assert not agent.call("request_stop", LAUNCH, index)
 
 
 def test_nobody_listens_who_has_not_asked(agent: Agent) -> None:
@@ -281,8 +285,8 @@ def test_nobody_listens_who_has_not_asked(agent: Agent) -> None:
     index, ending = agent.start_round(f"say('up-0', ''); {FOREVER}", f"say('up-1', ''); {FOREVER}")
     agent.said("up-0")
     agent.said("up-1")
-    assert not agent.call("request_stop", index)
-    agent.call("stop_round", index)
+    assert not agent.call("request_stop", LAUNCH, index)
+    agent.call("stop_round", LAUNCH, index)
     assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
 
 
@@ -294,12 +298,12 @@ def test_a_pulse_is_answered_while_everything_else_waits(agent: Agent) -> None:
         f"kfpytorch_ray.stop_requested(); say('pulse', ''); {FOREVER}",
         "while time.sleep(0.01) is None: kfpytorch_ray.progress(1)",
     )
-    failure = agent.start("wait_for_failure", index)
+    failure = agent.start("wait_for_failure", LAUNCH, index)
     agent.said("pulse")
     busy: NodePulse = agent.call("pulse")
     assert (busy.round_index, busy.listening) == (index, True)
     assert busy.idle_s < 60
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
     assert failure.result(60) is False
 
@@ -338,7 +342,7 @@ def test_the_stacks_of_ranks_that_hang_are_kept(agent: Agent) -> None:
         """,
     )
     agent.said("hung-1")
-    agent.call("stop_round", index, True)
+    agent.call("stop_round", LAUNCH, index, True)
     one, other = ending.result(60).ranks
     assert (one.outcome, other.outcome) == (Outcome.HUNG, Outcome.HUNG)
     assert one.message.startswith("made no progress for ")
@@ -355,7 +359,7 @@ def test_who_ended_before_a_hang_was_noticed_keeps_that_end(agent: Agent) -> Non
     index, ending = agent.start_round("say('gone', os.getpid()); return None", f"say('left', ''); {FOREVER}")
     agent.said("left")
     until(lambda: not runs(int(agent.said("gone"))))
-    agent.call("stop_round", index, True)
+    agent.call("stop_round", LAUNCH, index, True)
     one, other = ending.result(60).ranks
     assert (one.outcome, one.stacks) == (Outcome.SUCCEEDED, "")
     assert other.outcome is Outcome.HUNG
@@ -366,7 +370,7 @@ def test_a_round_that_is_stopped_before_it_starts_has_no_workers(agent: Agent) -
     """Orders cross; the page shows no round afterwards."""
     index = next(agent.rounds)
     agent.rounds = itertools.count(index)
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     _, ending = agent.start_round("say('never', '')", "say('never', '')")
     assert {rank.message for rank in ending.result(60).ranks} == {"stopped before it started"}
     assert agent.call("pulse").round_index is None
@@ -386,7 +390,7 @@ def test_who_is_stopped_can_ask_whether_it_is(agent: Agent) -> None:
     index, ending = agent.start_round(polite, polite)
     agent.said("polite-0")
     agent.said("polite-1")
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     assert {(rank.outcome, rank.exit_code) for rank in ending.result(60).ranks} == {(Outcome.STOPPED, 0)}
     assert (agent.said("handled-0"), agent.said("handled-1")) == ("True", "True")
 
@@ -429,7 +433,7 @@ def test_a_rank_that_is_held_is_stopped_too(agent: Agent) -> None:
     index, ending = agent.start_round("say('held', os.getpid()); os.kill(os.getpid(), signal.SIGSTOP)", FOREVER)
     held = int(agent.said("held"))
     until(lambda: stat(held)[0] == "T")
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     assert [rank.exit_code for rank in ending.result(60).ranks] == [-signal.SIGTERM, -signal.SIGTERM]
 
 
@@ -447,6 +451,7 @@ def test_shutdown_leaves_only_the_actor(tmp_path: Path) -> None:
         agent.said("up")
         agent.call("shutdown")
         assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
+        agent.call("remove_files")
         assert agent.folders() == set()
         left = agent.under()
         agent.process.kill()
@@ -454,13 +459,94 @@ def test_shutdown_leaves_only_the_actor(tmp_path: Path) -> None:
         until(lambda: not any(runs(pid) for pid in left))
 
 
-def test_shutdown_answers_with_the_marks_behind_the_last_lines(tmp_path: Path) -> None:
-    """One for each stream that ranks have printed to, in whatever round; streams without lines have none."""
-    with agent_in(tmp_path, output_token="launch") as agent:
-        agent.run("print('one')", "return None")
-        agent.run("return None", "return None")
-        (mark,) = agent.call("shutdown")
-        assert mark.startswith("launch-")
+def lines_of(agent: Agent) -> list[tuple[bool, str]]:
+    """What the driver would print: whether it is of standard error, and the line."""
+    lines: list[tuple[bool, str]] = []
+    cursor = Cursor()
+    while not (chunk := agent.call("read_output", cursor, 1.0)).ended:
+        lines += [(error, line) for error, text in chunk.texts for line in text.splitlines()]
+        cursor = chunk.cursor
+    return lines
+
+
+def test_what_ranks_print_is_kept_and_passed_on(tmp_path: Path) -> None:
+    """A file for each rank and round with all of it, kept elsewhere in the end; the driver gets rank 0's lines."""
+    archive = tmp_path / "archive"
+    with agent_in(tmp_path, log_archive=str(archive), max_log_bytes=2**20) as agent:
+        body = "print('out', rank); print('error', rank, file=sys.stderr)"
+        agent.run(body, body)
+        agent.run("return print('second')", "return print('second')")
+        agent.call("shutdown")
+        prefix = "[rank 0 | node 0] "
+        assert lines_of(agent) == [
+            (False, f"{prefix}out 0"),
+            (True, f"{prefix}error 0"),
+            (False, f"{prefix}second"),
+        ]
+    kept = {str(path.relative_to(archive)): path.read_text() for path in archive.rglob("*.log")}
+    first = {f"round-0/rank-{rank}.log": f"out {rank}\nerror {rank}\n" for rank in range(2)}
+    assert kept == first | {f"round-1/rank-{rank}.log": "second\n" for rank in range(2)}
+
+
+CRASH = """
+    import ctypes
+    libc = ctypes.CDLL(None)
+    for line in range(1000):
+        print("python", line)
+        libc.puts(b"c %d" % line)
+    child = "import os; print('child'); os.abort()"
+    subprocess.run([sys.executable, "-c", child], check=False)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def log_of(agent: Agent, rank: int) -> str:
+    """The file of a rank's lines in the last round, on the node."""
+    (index,) = {max(int(path.name[6:]) for path in agent.folder.glob("kfpytorch_ray-*/launch-*/logs/round-*"))}
+    (path,) = agent.folder.glob(f"kfpytorch_ray-*/launch-*/logs/round-{index}/rank-{rank}.log*")
+    return path.read_text()
+
+
+def test_no_line_is_lost_at_a_crash(agent: Agent) -> None:
+    """Neither Python's, nor one of a C library, nor a child's, all of which would wait in a buffer."""
+    rank, _ = agent.run(CRASH, FOREVER)
+    assert rank.message == "killed by SIGKILL"
+    said = log_of(agent, 0).splitlines()
+    expected = [f"{name} {line}" for name in ("python", "c") for line in range(1000)]
+    assert sorted(said) == sorted([*expected, "child"])
+
+
+LOUD = """
+    for line in range(25_000):
+        print(f"<{rank} {line}>")
+"""
+
+
+def test_ten_thousand_lines_a_second_lose_nothing(tmp_path: Path) -> None:
+    """Four ranks print as fast as they can: every line is in its file, and has come to the driver, in its order."""
+    archive = tmp_path / "archive"
+    with agent_in(tmp_path, log_archive=str(archive), nproc_per_node=4, logs="all") as agent:
+        agent.run(*[LOUD] * 4)
+        agent.call("shutdown")
+        came = lines_of(agent)
+    for rank in range(4):
+        expected = [f"<{rank} {line}>" for line in range(25_000)]
+        assert (archive / "round-0" / f"rank-{rank}.log").read_text().splitlines() == expected
+        prefix = f"[rank {rank} | node 0] "
+        assert [line.removeprefix(prefix) for _, line in came if line.startswith(prefix)] == expected
+
+
+def test_a_bound_on_what_a_rank_prints(agent: Agent) -> None:
+    """Its file has the beginning and the end, and says what is left out; the record has its last lines all the same."""
+    rank, _ = agent.run(LOUD + "    sys.exit(3)", "return None")
+    said = log_of(agent, 0)
+    assert 2**15 < len(said) < 2**16 + 200
+    lines = said.splitlines()
+    (gap,) = [line for line in lines if line.startswith("... ")]
+    left_out = int(gap.split()[1])
+    assert len(lines) - 1 + left_out == 25_000
+    assert (lines[0], lines[-1]) == ("<0 0>", "<0 24999>")
+    assert rank.log_tail[-1] == "<0 24999>"
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "fork server"])

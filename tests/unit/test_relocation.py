@@ -23,12 +23,13 @@ def test_local_places_move_into_the_storage(tmp_path: Path) -> None:
     local = FlyteContext("/tmp/flyte/raw", "/tmp/flyte/checkpoints", "/tmp/flyte/before", {"A": "b"})
     moved = relocated(plan(local), Storage(f"file://{tmp_path}"), "kfr-one").flyte
     outputs, checkpoints = f"{tmp_path}/outputs/kfr-one", f"{tmp_path}/checkpoints/launch-1"
-    assert moved == FlyteContext(outputs, checkpoints, None, {"A": "b"}, f"{tmp_path}/runs/kfr-one/inputs")
+    staged, logs = f"{tmp_path}/runs/kfr-one/inputs", f"{tmp_path}/outputs/kfr-one/logs"
+    assert moved == FlyteContext(outputs, checkpoints, None, {"A": "b"}, staged, logs)
 
 
 def test_remote_places_stay(tmp_path: Path) -> None:
     """What Flyte has given is reached from everywhere."""
-    remote = FlyteContext("s3://raw", "s3://checkpoints", "s3://before")
+    remote = FlyteContext("s3://raw", "s3://checkpoints", "s3://before", logs_prefix="s3://raw/logs")
     moved = relocated(plan(remote), Storage(str(tmp_path)), "kfr-one").flyte
     assert replace(moved, staged_prefix="") == remote
 

@@ -14,7 +14,7 @@ STOP_GRACE_S = 30.0
 
 def on_two_nodes(**options: Any) -> dict[str, Any]:
     """Arguments of ``@task``."""
-    backend = KubeRayBackend(stop_grace_s=STOP_GRACE_S)
+    backend = KubeRayBackend(stop_grace_s=STOP_GRACE_S, logs="all")
     return {"task_config": Elastic(nnodes=2, backend=backend), "requests": Resources(cpu="1"), **options}
 
 
