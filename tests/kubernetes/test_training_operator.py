@@ -152,6 +152,8 @@ def test_a_job_that_is_suspended_has_no_pods(api: Api, namespace: str) -> None:
         assert api.patch("pytorchjobs", namespace, JOB, {"spec": {"runPolicy": {"suspend": suspend}}})
         wait_for(api, namespace, "Suspended" if suspend else "Running")
         assert conditions(api, namespace)["Running"] == str(not suspend)
+        # One that is let go while its Pods are still ending fails: they count as failed.
+        wait_until(lambda suspend=suspend: not (suspend and pods(api, namespace)), "the Pod to go")
     api.delete("pytorchjobs", namespace, JOB, propagationPolicy="Foreground")
     wait_until(lambda: api.get("pytorchjobs", namespace, JOB) is None, "the job to go")
     assert not any(api.find(kind, namespace, f"{JOB_LABEL}={JOB}") for kind in ("pods", "services"))
