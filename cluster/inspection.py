@@ -27,6 +27,9 @@ from kfpytorch_ray.errors import (
 NAMESPACE = "kfpytorch_ray"
 """Of agents' names."""
 
+_KIND = "ElasticAgent "
+"""A name begins like the class: it takes the place of that in the title of the process and before lines of its log."""
+
 _WAIT_S = 30.0
 """Longest wait for an agent to answer, beyond what it was asked to do."""
 
@@ -46,13 +49,14 @@ class AgentName:
     number: int
 
     def __str__(self) -> str:
-        return f"{self.run}/{self.launch}/{self.number}"
+        return f"{_KIND}{self.run}/{self.launch}/{self.number}"
 
     @classmethod
     def parsed(cls, text: str) -> AgentName | None:
         """From its text; None where it is another's."""
-        parts = text.rsplit("/", 2)
-        return cls(parts[0], parts[1], int(parts[2])) if len(parts) == 3 and parts[2].isdecimal() else None
+        parts = text.removeprefix(_KIND).rsplit("/", 2)
+        ours = text.startswith(_KIND) and len(parts) == 3 and parts[2].isdecimal()
+        return cls(parts[0], parts[1], int(parts[2])) if ours else None
 
 
 def stacks_of(run: str, rank: int | None, address: str | None) -> dict[int, str]:
