@@ -26,12 +26,12 @@ from kfpytorch_ray.cluster.answers import Answers
 from kfpytorch_ray.cluster.inspection import NAMESPACE, AgentName
 from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
-from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
+from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, PreloadRefusedError, SupervisorLostError
 from kfpytorch_ray.cluster.pulse import Pulse
 from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
-from kfpytorch_ray.errors import LaunchError, explain
+from kfpytorch_ray.errors import ConfigError, LaunchError, explain
 from kfpytorch_ray.live.view import Live
 from kfpytorch_ray.report.data import Activity
 
@@ -181,6 +181,7 @@ class Membership:
         """Start agents where nodes were placed, take in those that are ready, give up those that are gone.
 
         Raises:
+            ConfigError: A module cannot be preloaded.
             LaunchError: An agent cannot start, and another would not either.
         """
         self._take_in()
@@ -341,6 +342,8 @@ class Membership:
                 facts = ray.get(ref)
             except SupervisorLostError:
                 self.lose(member, "its supervisor process died")
+            except PreloadRefusedError as error:
+                raise _not_to_be_preloaded(error) from error
             except RayError as error:
                 by_itself = isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False)
                 if by_itself and not self.settled:
@@ -401,6 +404,17 @@ def agents_on(reservation: Reservation, min_nodes: int, silence_timeout_s: float
         yield membership
     finally:
         membership.end()
+
+
+def _not_to_be_preloaded(error: PreloadRefusedError) -> ConfigError:
+    return ConfigError(
+        "RayBackend",
+        tuple(
+            f"preload: {name!r} {what}, which a fork of the process does not have: take it out of preload, and each "
+            "worker imports it itself"
+            for name, what in error.refused.items()
+        ),
+    )
 
 
 def _answered(ref: Any) -> bool:
