@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.adapters import kubeflow_findings
 from kfpytorch_ray.adapters.job_message import is_plain_pod, job_message
+from kfpytorch_ray.adapters.kubeflow_report import report_of
 from kfpytorch_ray.adapters.search_path import search_path
 from kfpytorch_ray.adapters.stored_runs import (
     EXAMPLE_IMAGE,
@@ -31,7 +33,7 @@ from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfi
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.cluster.torch_elastic import launch_config, run_node
 from kfpytorch_ray.config import Elastic, KubeflowBackend
-from kfpytorch_ray.errors import ConfigError, ResultError
+from kfpytorch_ray.errors import ConfigError, KfpytorchRayError, ResultError
 from kfpytorch_ray.flyte_worker import (
     UNPICKLABLE_MARKER,
     leave_marker,
@@ -111,7 +113,7 @@ class KubeflowAdapter:
 
     def kubernetes_lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
         """Every field that does not arrive where this process creates the PyTorchJob, and why."""
-        return kubeflow_findings.lost_without_flyte(self._options, arguments)
+        return kubeflow_findings.lost_without_flyte(config, self._options, arguments)
 
     def build(self, plan: LaunchPlan) -> LaunchConfig:
         """The configuration of torch elastic's launcher; the operator names the rendezvous in PET_RDZV_ENDPOINT.
@@ -142,9 +144,15 @@ class KubeflowAdapter:
         config = self.build(plan)
         _warn_outside_job(plan)
         entrypoint, args = _entrypoint(plan)
-        with importable(plan.function):
-            outputs = run_node(plan, config, entrypoint, args)
-        return ElasticResult(tuple(outputs), lambda rank: load_result(outputs[rank]))
+        started_at = time.time()
+        try:
+            with importable(plan.function):
+                outputs = run_node(plan, config, entrypoint, args)
+        except KfpytorchRayError as error:
+            error.report = report_of(plan, started_at, (), error)
+            raise
+        report = report_of(plan, started_at, outputs)
+        return ElasticResult(tuple(outputs), lambda rank: load_result(outputs[rank]), report=report)
 
     def start(self, plan: LaunchPlan) -> Run:
         """Create a PyTorchJob for the plan, and return at once.
@@ -198,6 +206,8 @@ class KubeflowAdapter:
         options = self._options
         if options.image is None:
             raise ConfigError("KubeflowBackend", (NEEDS_IMAGE,))
+        if problems := kubeflow_findings.template_problems(plan.arguments.pod_template):
+            raise ConfigError("KubeflowBackend", problems)
         storage = storage_of(options.storage)
         namespace = namespace_of(options)
         run = manifest_of(plan, options.name, options, storage.uri, address_of(namespace.name, options))

@@ -132,7 +132,7 @@ class KubeRayAdapter:
             LaunchError: A rank or a node failed.
         """
         if RAY_JOB_VARIABLE in os.environ:
-            return RayAdapter(inside_options(self._options)).run(plan)
+            return RayAdapter(inside_options(self._options), self._options.name).run(plan)
         return self._submit(plan).follow()
 
     def start(self, plan: LaunchPlan) -> Run:

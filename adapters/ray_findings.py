@@ -16,6 +16,7 @@ from kfpytorch_ray.config import (
     RestartPolicy,
     StoredRunOptions,
 )
+from kfpytorch_ray.rank_decks import CHOICES
 from kfpytorch_ray.storage import problem_of_uri
 from kfpytorch_ray.task_arguments import TaskArguments
 
@@ -29,6 +30,7 @@ def find(config: JobConfig, options: RayBackend) -> Findings:
     """Fields of ``config`` that change nothing on Ray, and fields that would change results if they were ignored."""
     problems = [
         *_amount_problems(options),
+        *_seconds_problems(options, "keep_warm_s"),
         *run_option_problems(options),
         *stored_option_problems(options),
         *_remote_problems(options),
@@ -37,7 +39,10 @@ def find(config: JobConfig, options: RayBackend) -> Findings:
     problems += found.problems
     if not is_elastic(config) and options.resources_per_node is not None and _own_resources(config):
         problems.append("RayBackend(resources_per_node) would override the resources of master and worker: give one")
-    return Findings(tuple(problems), (*_run_policy_warnings(config.run_policy), *found.warnings))
+    warnings = [*_run_policy_warnings(config.run_policy), *found.warnings]
+    if options.keep_warm_s and (options.address or "").startswith(("http://", "https://")):
+        warnings.append("RayBackend(keep_warm_s) has no effect on a remote cluster: a run's driver ends with the run")
+    return Findings(tuple(problems), tuple(warnings))
 
 
 def job_findings(config: JobConfig) -> Findings:
@@ -95,6 +100,8 @@ def run_option_problems(options: RayRunOptions) -> list[str]:
         )
         if not (is_amount(value) and value) and not (name != "silence_timeout_s" and value is None)
     ]
+    if options.decks not in CHOICES:
+        problems.append(f"{backend}(decks={options.decks!r}): expected {one_of(CHOICES)}")
     failures = options.max_node_failures
     if not isinstance(failures, int) or isinstance(failures, bool) or failures < 0:
         problems.append(f"{backend}(max_node_failures) must be a whole number that is not negative")

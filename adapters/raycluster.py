@@ -43,8 +43,9 @@ INSTALL = "pip install 'ray[default]'"
 class RayAdapter:
     """Runs plans on Ray. See ``RayBackend`` for the options."""
 
-    def __init__(self, options: RayBackend | None) -> None:
+    def __init__(self, options: RayBackend | None, backend: str = RayBackend.name) -> None:
         self._options = options or RayBackend()
+        self._backend = backend
 
     def check(self, config: JobConfig) -> Findings:
         """Name the fields that Ray cannot honour."""
@@ -109,6 +110,7 @@ class RayAdapter:
                 monitor_interval_s=plan.monitor_interval_s,
                 stop_grace_s=options.stop_grace_s,
                 silence_timeout_s=options.silence_timeout_s,
+                decks=options.decks,
                 logs=options.logs,
                 max_log_bytes=options.max_log_bytes,
                 log_archive=_log_archive(options.log_folder, plan),
@@ -147,8 +149,9 @@ class RayAdapter:
         from kfpytorch_ray.cluster.fetching import Fetcher
         from kfpytorch_ray.cluster.launching import run_request
 
-        launched = run_request(self.build(plan), self._options)
-        return ElasticResult(tuple(range(len(launched.refs))), Fetcher(launched.refs), launched.rounds)
+        launched = run_request(self.build(plan), self._options, backend=self._backend)
+        ranks = tuple(range(len(launched.refs)))
+        return ElasticResult(ranks, Fetcher(launched.refs), launched.rounds, report=launched.report)
 
     def start(self, plan: LaunchPlan) -> Run:
         """Start the plan on a remote cluster and return at once.

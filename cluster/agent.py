@@ -31,6 +31,8 @@ from kfpytorch_ray.cluster.output import LOGS, SPOOL
 from kfpytorch_ray.cluster.output_spool import Cursor, OutputChunk, OutputSource
 from kfpytorch_ray.cluster.protocol import (
     AgentSetup,
+    BeginLaunch,
+    EndLaunch,
     Failed,
     Failing,
     NodePulse,
@@ -43,9 +45,11 @@ from kfpytorch_ray.cluster.protocol import (
     SupervisorLostError,
     SupervisorSetup,
 )
+from kfpytorch_ray.cluster.sampling import Sampler, find_gpus, node_facts
 from kfpytorch_ray.cluster.stacks import Hanging, find_py_spy, record_flamegraph, take_stacks
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
 from kfpytorch_ray.metric_page import METRICS_NAME, MetricPage
+from kfpytorch_ray.report.data import NodeFacts
 
 if TYPE_CHECKING:
     from kfpytorch_ray.cluster.spool import Spooled
@@ -70,8 +74,10 @@ _LOAD_S = 900.0
 class ElasticAgent:
     """One per node. Methods may be called from several threads; one request runs at a time, and may be stopped.
 
+    An agent may serve several launches, one after the other: ``load`` begins each, and ``rest`` ends all but the last.
+
     Args:
-        setup: What holds for all rounds.
+        setup: What holds for all rounds of the first launch, and what of it holds for all launches.
         address: The address that Ray knows for this node.
     """
 
@@ -101,18 +107,17 @@ class ElasticAgent:
         start_guardian(self._mark)
         for folder in self._folders:
             os.mkdir(folder, 0o700)
-        for name in (LOGS, SPOOL):
-            os.mkdir(self._folder / name)
         self._page = HeartbeatPage.create(self._folder / PAGE_NAME, setup.nproc_per_node)
         self._metrics = MetricsSource(MetricPage.create(self._folder / METRICS_NAME))
-        self._output = OutputSource(self._folder / SPOOL)
-        self._archive = LogArchive(self._folder / LOGS, setup.log_archive)
+        self._sampler = Sampler(self._page)
+        self._facts: NodeFacts | None = None
+        self._begin_output(setup)
 
         preload = (*PRELOAD, *setup.preload)
         os.environ[MARK_VARIABLE] = value
         fork_server = ForkServer(preload, str(self._folder))
         given = SupervisorSetup(
-            setup=setup,
+            nproc_per_node=setup.nproc_per_node,
             address=address,
             folder=str(self._folder),
             payload=str(self._payload),
@@ -134,23 +139,31 @@ class ElasticAgent:
             if not self._answered_at:
                 self._page.extend_lease(_now() + _LOAD_S)
 
-    def load(self, payload: bytes) -> None:
-        """Take the pickled call, once for all rounds, and wait until the fork server is warm.
+    def load(self, setup: AgentSetup, payload: bytes) -> NodeFacts:
+        """Begin a launch: take the pickled call, once for all rounds, and wait until the fork server is warm.
 
         From now on this agent has to hear from its controller, which counts on it from when it has this answer.
         """
-        if hashlib.sha256(payload).hexdigest() != self._setup.payload_sha256:
+        if hashlib.sha256(payload).hexdigest() != setup.payload_sha256:
             msg = "the payload differs from the one that the driver sent"
             raise ValueError(msg)
         self._payload.write_bytes(payload)
-        with self._asking:
-            ready = self._await_ready()
-        if ready.missing:
-            logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
+        if self._facts is None:
+            # While the fork server imports.
+            self._sampler.gpus = find_gpus(os.environ)
+            self._facts = node_facts(self._sampler.gpus)
+        self._sampler.take()
+        if setup.launch_id != self._setup.launch_id:
+            self._begin_output(setup)
+        self._ask(BeginLaunch(setup, str(self._folder_of(setup.launch_id))))
         with self._turning:
+            self._setup = setup
+            self._failing = defaultdict(threading.Event)
+            self._failed = set()
             self._answered_at = _now()
             # No later than this: it may have been longer so far.
             self._page.extend_lease(self._answered_at + self._setup.silence_timeout_s)
+        return self._facts
 
     def open_store(self) -> int:
         """Open the store of a round whose rank 0 is here, and say its port."""
@@ -166,35 +179,42 @@ class ElasticAgent:
         with self._turning:
             self._round = index
         try:
-            finished = self._ask(assignment, meanwhile=lambda: self._note_failure(index))
+            with self._sampler.during(index):
+                finished = self._ask(assignment, meanwhile=lambda: self._note_failure(index))
         finally:
             with self._turning:
                 self._round = None
             self._failing[index].set()
         self._results = dict(finished.results)
         report: NodeReport = finished.report
-        return replace(report, points=self._metrics.end())
+        return replace(report, samples=self._sampler.take(), points=self._metrics.end())
 
-    def wait_for_failure(self, round_index: int) -> bool:
+    def wait_for_failure(self, launch_id: str, round_index: int) -> bool:
         """Return when a rank of this node fails in this round, or the round ends here; whether one failed.
 
         ``run_round`` returns only when all ranks have been stopped, which may take the whole grace. Other nodes are
         not to wait for that.
         """
-        self._failing[round_index].wait()
-        return round_index in self._failed
+        with self._turning:
+            if self._setup.launch_id != launch_id:
+                return False
+            failing, failed = self._failing[round_index], self._failed
+        failing.wait()
+        return round_index in failed
 
-    def stop_round(self, round_index: int, hung: bool = False) -> None:
+    def stop_round(self, launch_id: str, round_index: int, hung: bool = False) -> None:
         """End a round if it still runs, or will start; returns at once, ``run_round`` returns when it is over.
 
         Args:
+            launch_id: Of the launch; nothing happens if it is over.
             round_index: The round, and any before it.
             hung: Whether its ranks have hung: then their stacks are taken first, and kept in their records.
         """
-        with contextlib.suppress(OSError), self._sending:
-            self._connection.send(StopRound(round_index, hung))
+        with self._turning:
+            if self._setup.launch_id == launch_id:
+                self._order_stop(round_index, hung)
 
-    def request_stop(self, round_index: int) -> bool:
+    def request_stop(self, launch_id: str, round_index: int) -> bool:
         """Have ``kfpytorch_ray.stop_requested()`` answer True to the workers of a round, if it runs here.
 
         Returns:
@@ -202,7 +222,7 @@ class ElasticAgent:
         """
         # A round may end meanwhile, but no other begins.
         with self._turning:
-            if self._round != round_index or self._page.round_index != round_index:
+            if self._setup.launch_id != launch_id or not self._round == self._page.round_index == round_index:
                 return False
             self._page.request_stop()
             return self._listening()
@@ -221,6 +241,7 @@ class ElasticAgent:
             idle_s=self._page.idle_s(),
             listening=round_index is not None and self._listening(),
             alive=sum(beat.pid is not None and not beat.ended for beat in self._page.read()),
+            samples=self._sampler.take(),
             points=self._metrics.next(),
         )
         self._answered_at = _now()
@@ -239,6 +260,27 @@ class ElasticAgent:
         self._drop_results()
         return (True, *results)
 
+    def rest(self, lease_s: float) -> None:
+        """End a launch whose rounds are over, and stay warm for another; keep the logs where they are to be kept.
+
+        What is left of the output can still be read, until ``remove_launch()``.
+
+        Args:
+            lease_s: Seconds after which this agent ends if no launch begins. No pulse is taken meanwhile.
+        """
+        try:
+            self._ask(EndLaunch())
+        finally:
+            self._output.end()
+        self._archive.finish()
+        self._drop_results()
+        self._payload.unlink(missing_ok=True)
+        self._extend_lease(_now() + lease_s)
+
+    def remove_launch(self, launch_id: str) -> None:
+        """Remove the files of a launch that is over."""
+        shutil.rmtree(self._folder_of(launch_id), ignore_errors=True)
+
     def stacks(self, rank: int | None) -> dict[int, str]:
         """The stacks of workers that run here, by rank; of one rank, or with None of all.
 
@@ -255,7 +297,7 @@ class ElasticAgent:
             return record_flamegraph(found.pid, duration_s, Path(folder, "flamegraph.svg"), find_py_spy())
 
     def _processes(self, rank: int | None) -> dict[int, Hanging]:
-        folder = self._folder / f"round-{self._page.round_index}"
+        folder = self._folder_of(self._setup.launch_id) / f"round-{self._page.round_index}"
         return {
             beat.rank: Hanging(beat.pid, folder / f"stacks-{local_rank}")
             for local_rank, beat in enumerate(self._page.read())
@@ -273,7 +315,7 @@ class ElasticAgent:
         """
         # No pulse may come any more, and the workers have their grace.
         self._extend_lease(_now() + self._setup.stop_grace_s + self._setup.silence_timeout_s)
-        self.stop_round(_EVERY_ROUND)
+        self._order_stop(_EVERY_ROUND)
         # What a supervisor leaves that has died was killed when that was noticed.
         try:
             with contextlib.suppress(SupervisorLostError):
@@ -295,6 +337,20 @@ class ElasticAgent:
     @property
     def _payload(self) -> Path:
         return self._folder / "payload"
+
+    def _begin_output(self, setup: AgentSetup) -> None:
+        folder = self._folder_of(setup.launch_id)
+        for name in (LOGS, SPOOL):
+            os.makedirs(folder / name)
+        self._output = OutputSource(folder / SPOOL)
+        self._archive = LogArchive(folder / LOGS, setup.log_archive)
+
+    def _folder_of(self, launch_id: str) -> Path:
+        return self._folder / f"launch-{launch_id}"
+
+    def _order_stop(self, round_index: int, hung: bool = False) -> None:
+        with contextlib.suppress(OSError), self._sending:
+            self._connection.send(StopRound(round_index, hung))
 
     def _note_failure(self, round_index: int) -> None:
         self._failed.add(round_index)
@@ -322,12 +378,13 @@ class ElasticAgent:
                 answer = self._answer()
             return answer
 
-    def _await_ready(self) -> Ready:
+    def _await_ready(self) -> None:
         """The supervisor's first word, which comes unasked; whoever asks first takes it."""
         if self._ready is None:
             ready: Ready = self._answer()
             self._ready = ready
-        return self._ready
+            if ready.missing:
+                logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
 
     def _answer(self) -> Any:
         try:

@@ -24,9 +24,11 @@ from kfpytorch_ray.cluster.membership import Loss, Member, Membership
 from kfpytorch_ray.cluster.output import shows
 from kfpytorch_ray.cluster.policy import Finish, Present, Raise, Reason, Retry, Wait, decide, node_ranks
 from kfpytorch_ray.cluster.protocol import AgentSetup
+from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.rounds import Round
 from kfpytorch_ray.errors import LaunchError, NodeLostError, PlacementTimeoutError, explain
 from kfpytorch_ray.live.view import Live
+from kfpytorch_ray.report.data import Activity
 from kfpytorch_ray.results import RoundRecord
 
 logger = logging.getLogger(__name__)
@@ -49,10 +51,14 @@ class Controller:
         setup: What they were given.
         limits: What bounds it.
         live: Is told where it stands.
+        recorder: Is told what happens.
     """
 
-    def __init__(self, membership: Membership, setup: AgentSetup, limits: Limits, live: Live) -> None:
+    def __init__(
+        self, membership: Membership, setup: AgentSetup, limits: Limits, live: Live, recorder: Recorder
+    ) -> None:
         self._live = live
+        self._recorder = recorder
         self._membership = membership
         self._setup = setup
         self._limits = limits
@@ -94,19 +100,27 @@ class Controller:
             losses = self._take_losses()
             match decide(self.rounds, losses, self._spent, self._limits.budgets, self._present()):
                 case Finish():
+                    self._recorder.enter(Activity.ENDING)
                     assert refs is not None
                     return refs
                 case Retry(agents, spent):
                     self._say_why(spent)
-                    self._spent = spent
+                    self._spend(spent)
                 case Wait(spent):
                     self._say_why(spent)
-                    self._spent = spent
+                    self._spend(spent)
                     self._gather(0.0)
                     agents = node_ranks(self._present())
                 case Raise(reason, spent):
+                    self._spend(spent, reason.value)
+                    self._recorder.enter(Activity.ENDING)
                     error = self._failure(reason, spent)
                     raise error from error.__cause__
+
+    def _spend(self, spent: Spent, refused: str = "") -> None:
+        """Pay for the round that has ended."""
+        self._recorder.decided(spent, refused)
+        self._spent = spent
 
     def _crew(self, agents: Sequence[int]) -> list[Member]:
         by_number = {member.number: member for member in self._membership.ready()}
@@ -178,7 +192,7 @@ class Controller:
         return NodeLostError(message, time.time(), self.rounds)
 
     def _charge(self, lost: int) -> None:
-        self._spent = Spent(self._spent.restarts, self._spent.node_failures + lost)
+        self._recorder.spent = self._spent = Spent(self._spent.restarts, self._spent.node_failures + lost)
         if self._spent.node_failures > self._limits.budgets.max_node_failures:
             error = self._failure(Reason.NODE_FAILURES_SPENT, self._spent)
             raise error from error.__cause__
@@ -189,10 +203,12 @@ class Controller:
         # Rounds that were not counted as restarts come on top.
         rounds = 1 + self._limits.budgets.max_restarts + index - self._spent.restarts
         self._live.round(index, rounds, len(crew), len(crew) * self._setup.nproc_per_node)
+        self._recorder.enter(None)
         record, refs = running.run()
         self._live.told(running.points)
         record = replace(record, metrics=self._live.metrics.of_round(index))
         self.rounds = (*self.rounds, record)
+        self._recorder.round_ended(record, [member.number for member in crew], running.said)
         if lines := last_lines(record, partial(shows, self._setup.logs)):
             self._live.show(lines, True)
         return refs

@@ -7,6 +7,7 @@ nothing here unpickles the call. Called by the adapter, and on a remote cluster 
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +19,16 @@ from kfpytorch_ray.cluster.environment import one_thread_each
 from kfpytorch_ray.cluster.failures import kept_logs
 from kfpytorch_ray.cluster.interruption import interruptible
 from kfpytorch_ray.cluster.log_archive import with_logs
-from kfpytorch_ray.cluster.membership import agents_on
-from kfpytorch_ray.cluster.placement import driver_address, reserved
+from kfpytorch_ray.cluster.placement import driver_address
 from kfpytorch_ray.cluster.protocol import AgentSetup
+from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.request import RayRequest
+from kfpytorch_ray.cluster.streaming import output_shown
+from kfpytorch_ray.cluster.warm import crew_for, make_room
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.errors import LaunchError
+from kfpytorch_ray.errors import KfpytorchRayError, LaunchError
 from kfpytorch_ray.live.choice import live
+from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.results import RoundRecord
 
 
@@ -35,20 +39,25 @@ class Launched:
     Attributes:
         refs: A reference to every rank's spooled result, by rank.
         rounds: What became of every rank, one record for each round.
+        report: What happened.
     """
 
     refs: Sequence[Any]
     rounds: tuple[RoundRecord, ...]
+    report: RunReport
 
 
-def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) -> Launched:
-    """Run a request to its end, and leave nothing running.
+def run_request(request: RayRequest, options: RayBackend, *, home: bool = True, backend: str = "") -> Launched:
+    """Run a request to its end, and leave nothing running but what ``options`` keep warm.
+
+    What it raises carries the report.
 
     Args:
         request: What is asked.
         options: Which Ray, and how it is joined.
         home: Whether this process is the one that the results are for, and the modules of the call are found by its
             search path. Files that rank 0 returns are uploaded otherwise.
+        backend: Whose run it is, where that is not the options'.
 
     Raises:
         ConfigError: The Ray cannot be joined by a driver, or does not take the amounts.
@@ -56,30 +65,41 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True) 
         LaunchError: A rank or a node failed.
     """
     launch = request.setup
+    recorder = Recorder(launch.name, launch.run_id, backend or options.name, request.limits.budgets)
     try:
-        return _run(request, options, home)
-    except LaunchError as error:
-        rounds = with_logs(error.rounds, launch.log_archive)
-        error.add(kept_logs(rounds, launch.log_archive), rounds)
+        refs, rounds = _run(request, options, home, recorder)
+    except KfpytorchRayError as error:
+        if isinstance(error, LaunchError):
+            rounds = with_logs(error.rounds, launch.log_archive)
+            error.add(kept_logs(rounds, launch.log_archive), rounds)
+            recorder.logs_kept(rounds)
+        error.report = recorder.report(error)
         raise
+    recorder.logs_kept(rounds)
+    return Launched(refs, rounds, recorder.report())
 
 
-def _run(request: RayRequest, options: RayBackend, home: bool) -> Launched:
+def _run(
+    request: RayRequest, options: RayBackend, home: bool, recorder: Recorder
+) -> tuple[Sequence[Any], tuple[RoundRecord, ...]]:
     demand, launch = request.demand, request.setup
+    make_room(demand)
     with (
         live(launch.name, launch.known_as or launch.run_id) as shown,
         connected(options, demand.total(demand.max_nodes)) as private,
         interruptible(),
-        reserved(
-            demand, name=launch.name, run_id=launch.run_id, private=private, autoscaling=options.autoscaling
-        ) as reservation,
-        agents_on(
-            reservation, setup := _joined(request, private, home), request.payload, demand.min_nodes, shown
+        output_shown(shown.show) as output,
+        crew_for(
+            demand,
+            setup := replace(_joined(request, private, home), launch_id=secrets.token_hex(8)),
+            options,
+            private=private,
         ) as membership,
     ):
-        controller = Controller(membership, setup, request.limits, shown)
+        membership.begin(setup, request.payload, output, recorder, shown)
+        controller = Controller(membership, setup, request.limits, shown, recorder)
         refs = controller.run()
-    return Launched(refs, with_logs(controller.rounds, setup.log_archive))
+    return refs, with_logs(controller.rounds, setup.log_archive)
 
 
 def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:

@@ -1,7 +1,7 @@
 """Which agents a launch has: started where nodes are reserved, watched, given up, replaced.
 
 Lives in the driver. The controller asks for the agents that are ready, and tells which of them it lost; how many are
-enough, and what a loss costs, is not decided here.
+enough, and what a loss costs, is not decided here. One launch may follow another on the same agents.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kfpytorch_ray.cluster.agent import ElasticAgent
+from kfpytorch_ray.cluster.answers import Answers
 from kfpytorch_ray.cluster.inspection import NAMESPACE, AgentName
 from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
 from kfpytorch_ray.cluster.pulse import Pulse
+from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
 from kfpytorch_ray.errors import LaunchError, explain
 from kfpytorch_ray.live.view import Live
+from kfpytorch_ray.report.data import Activity
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +57,8 @@ class Member:
         slot: Where it runs.
         address: The address that Ray knows for its node.
         handle: The actor.
-        started: Becomes ready when the agent has loaded everything.
-        ready: Whether it has.
+        ready: Whether it has loaded everything.
+        rested: Whether it has served a launch before this one.
         lost_because: Why it is no member any more.
     """
 
@@ -63,8 +66,8 @@ class Member:
     slot: Slot
     address: str
     handle: Any
-    started: Any
     ready: bool = False
+    rested: bool = False
     lost_because: str = ""
 
 
@@ -76,7 +79,8 @@ class Loss:
         address: Of its node.
         reason: What is known.
         charged: Whether it counts against ``max_node_failures``. Not one on a node that is being drained, or that was
-            not up yet and not needed, or that gave up this process because it stood still.
+            not up yet and not needed, or that gave up this process because it stood still, or was gone when this launch
+            began.
     """
 
     address: str
@@ -97,41 +101,81 @@ class _Notices:
 
 
 class Membership:
-    """The agents of one launch.
+    """The agents of one launch, or of several one after the other: ``begin``, ``rest``, ``begin``, ..., ``end``.
 
     Args:
         reservation: Where they may run.
-        setup: What each is given.
-        payload: A reference to the pickled call.
         min_nodes: As many agents are needed.
-        output: Prints what their ranks print.
-        live: Is told what agents answer.
+        silence_timeout_s: Seconds without an answer after which an agent is given up.
     """
 
-    def __init__(
-        self,
-        reservation: Reservation,
-        setup: AgentSetup,
-        payload: Any,
-        min_nodes: int,
-        output: OutputStream,
-        live: Live,
-    ) -> None:
-        self._live = live
+    _setup: AgentSetup
+    _payload: Any
+    _output: OutputStream
+    _recorder: Recorder
+    _live: Live
+    _pulse: Pulse
+
+    def __init__(self, reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> None:
         self._reservation = reservation
-        self._setup = setup
-        self._payload = payload
         self._min_nodes = min_nodes
-        self._output = output
+        self._silence_timeout_s = silence_timeout_s
         self.settled = False
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
+        self._loading: dict[Any, Member] = {}
+        self._loaded = Answers()
         self._numbers = itertools.count()
         self._launch = secrets.token_hex(4)
-        self._pulse = Pulse(setup.silence_timeout_s, self._heard)
         self._notices = _Notices()
         self._losses: list[Loss] = []
         self._looked_at = float("-inf")
+        self._begun = False
+
+    def begin(self, setup: AgentSetup, payload: bytes, output: OutputStream, recorder: Recorder, live: Live) -> None:
+        """Begin a launch; agents that are there are given it, others are started by ``refresh``.
+
+        Args:
+            setup: What each is given.
+            payload: The pickled call.
+            output: Prints what their ranks print.
+            recorder: Is told who they are and what becomes of them.
+            live: Is told what they answer.
+        """
+        self._setup = setup
+        self._payload = ray.put(payload)
+        self._output = output
+        self._recorder = recorder
+        recorder.enter(Activity.PLACING)
+        self._live = live
+        self._pulse = Pulse(self._silence_timeout_s, self._heard)
+        self._begun = True
+        self._losses = []
+        for member in self._members.values():
+            member.ready, member.rested = False, True
+            self._load(member)
+            recorder.agent_started(member.number, member.address, member.slot.resources)
+
+    def rest(self, keep_s: float) -> bool:
+        """End a launch whose rounds are over, and keep its agents for another one.
+
+        Args:
+            keep_s: Seconds after which they end by themselves.
+
+        Returns:
+            Whether all are there, so that it is worth it. They end with ``end`` in any case.
+        """
+        self._pulse.close()
+        members = [*self._members.values()]
+        if not all(member.ready for member in members) or not self._reservation.rest():
+            return False
+        resting = {member.handle.rest.remote(keep_s): member for member in members}
+        timeout_s = _END_WAIT_S + (ARCHIVE_WAIT_S if self._setup.log_archive else 0.0)
+        rested, _ = ray.wait(list(resting), num_returns=len(resting), timeout=timeout_s)
+        self._await_output()
+        for member in members:
+            member.handle.remove_launch.remote(self._setup.launch_id)
+        return len(rested) == len(members) and all(map(_answered, rested))
 
     def refresh(self, *, now: bool = False) -> None:
         """Start agents where nodes were placed, take in those that are ready, give up those that are gone.
@@ -162,11 +206,16 @@ class Membership:
             if member.ready and member.slot.node_id not in self._notices.draining
         ]
 
+    def nodes(self) -> set[str]:
+        """Ray's ids of the nodes that agents are on."""
+        return {member.slot.node_id for member in self._members.values()}
+
     def placed(self) -> int:
         """How many agents there are, ready or on their way."""
         return len(self._members)
 
     def _heard(self, agent: int, pulse: NodePulse) -> None:
+        self._recorder.sampled(pulse.samples)
         self._live.heard(agent, pulse.round_index, pulse.alive, pulse.points)
 
     def starting(self) -> bool:
@@ -194,26 +243,23 @@ class Membership:
         draining = node in self._notices.draining or node in draining_nodes()
         preempted = draining or getattr(error, "preempted", False)
         # Nor is a node tried again and again on which an agent does not come up.
-        shunned = silent or not member.ready
+        shunned = silent or not (member.ready or member.rested)
         if shunned:
             self._notices.shunned_until[node] = time.monotonic() + _SHUN_S
         self._drop(member, gone=shunned or draining or not alive)
         if not member.ready and not alive:
             # It takes nothing with its node.
             return
-        needed = member.ready or len(self.ready()) < self._min_nodes
+        needed = member.ready or (len(self.ready()) < self._min_nodes and not member.rested)
         charged = needed and not preempted and not self._pulse.stood_still
         # Ray's messages are lists over many lines.
         member.lost_because = " ".join(str(error).split())
         self._losses.append(Loss(member.address, member.lost_because, charged))
+        self._recorder.agent_gone(member.number, member.lost_because)
 
     def wait(self, timeout_s: float) -> None:
         """Return when an agent has started or failed to, or after ``timeout_s``."""
-        starting = [member.started for member in self._members.values() if not member.ready]
-        if starting:
-            ray.wait(starting, timeout=timeout_s)
-        else:
-            time.sleep(timeout_s)
+        self._take_in(timeout_s)
 
     def take_losses(self) -> list[Loss]:
         """Losses since the last call."""
@@ -234,6 +280,8 @@ class Membership:
 
     def end(self) -> None:
         """Stop all workers, wait for their last lines and end the agents; a second interrupt still kills them."""
+        if not self._begun:
+            return
         members = [*self._members.values()]
         self._members = {}
         try:
@@ -274,17 +322,23 @@ class Membership:
         )
         handle: Any = actor.remote(self._setup, address)
         handle.expect_load.remote()
-        return Member(number, slot, address, handle, handle.load.remote(self._payload))
+        member = Member(number, slot, address, handle)
+        self._recorder.agent_started(member.number, address, slot.resources)
+        self._load(member)
+        return member
 
-    def _take_in(self) -> None:
-        starting = {member.started: member for member in self._members.values() if not member.ready}
-        if not starting:
-            return
-        started, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0)
-        for ref in started:
-            member = starting[ref]
+    def _load(self, member: Member) -> None:
+        started = member.handle.load.remote(self._setup, self._payload)
+        self._loading[started] = member
+        self._loaded.expect(started)
+
+    def _take_in(self, timeout_s: float = 0.0) -> None:
+        for ref in self._loaded.take(timeout_s):
+            member = self._loading.pop(ref)
+            if not self.has(member):
+                continue
             try:
-                ray.get(ref)
+                facts = ray.get(ref)
             except SupervisorLostError:
                 self.lose(member, "its supervisor process died")
             except RayError as error:
@@ -294,6 +348,7 @@ class Membership:
                 self.lose(member, error)
             else:
                 member.ready = True
+                self._recorder.agent_ready(member.number, facts)
                 self._pulse.watch(member.number, member.handle)
                 if self._setup.logs != "none":
                     self._output.follow(member.number, member.handle, member.address)
@@ -324,6 +379,7 @@ class Membership:
         self._output.give_up(member.number)
         self._live.forget(member.number)
         del self._members[member.slot.index]
+        self._recorder.agent_gone(member.number)
         self._reservation.lost(member.slot.index, gone=gone)
         _kill(member.handle)
 
@@ -338,31 +394,22 @@ class Membership:
 
 
 @contextmanager
-def agents_on(
-    reservation: Reservation,
-    setup: AgentSetup,
-    payload: bytes,
-    min_nodes: int,
-    live: Live,
-) -> Iterator[Membership]:
-    """Have agents wherever nodes are reserved; they and their workers end with the context.
-
-    Args:
-        reservation: Where they may run.
-        setup: What each is given.
-        payload: The pickled call.
-        min_nodes: As many are needed.
-        live: Shows where the launch stands, and what their ranks print.
-    """
-    output = OutputStream(live.show)
-    membership = Membership(reservation, setup, ray.put(payload), min_nodes, output, live)
+def agents_on(reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> Iterator[Membership]:
+    """Have agents wherever nodes are reserved; they and their workers end with the context. As ``Membership``."""
+    membership = Membership(reservation, min_nodes, silence_timeout_s)
     try:
         yield membership
     finally:
-        try:
-            membership.end()
-        finally:
-            output.close()
+        membership.end()
+
+
+def _answered(ref: Any) -> bool:
+    """Whether an agent has done what it was asked; one that is gone has not."""
+    try:
+        ray.get(ref)
+    except (RayError, SupervisorLostError):
+        return False
+    return True
 
 
 def _kill(handle: Any) -> None:

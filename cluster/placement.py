@@ -70,6 +70,9 @@ class Reservation(Protocol):
     def lost(self, index: int, *, gone: bool) -> None:
         """An agent ended; ``gone`` if its node did, too, or is not to be used any more."""
 
+    def rest(self) -> bool:
+        """Ask for nothing more until the next ``refresh``; whether what is placed is enough for a launch."""
+
     def waiting(self) -> str:
         """How many nodes are placed, what the others wait for, and behind whom. One line."""
 
@@ -186,6 +189,10 @@ class _Gang:
     def lost(self, index: int, *, gone: bool) -> None:
         """Nothing to do: Ray places a bundle again whose node died."""
 
+    def rest(self) -> bool:
+        """All are placed or none; a bundle that waits for a new node cannot be given back alone."""
+        return self._group is not None and len(self._slots) == self._group.bundle_count
+
     def waiting(self) -> str:
         """See ``Reservation``."""
         if self._group is None or not self._placed:
@@ -242,6 +249,7 @@ class _Singles:
         self._bundle = bundle_of(demand.other)
         self._ticket = self._new_ticket()
         self._singles: dict[int, _Single] = {}
+        self._rested: set[int] = set()
         self._swapped_at = 0.0
         self._enough = False
 
@@ -253,6 +261,9 @@ class _Singles:
         unusable = draining | silent
         if not self._singles and not self._begin(unusable):
             return
+        for index in self._rested:
+            self._ask(index, _avoiding(self._in_use(but=index) | unusable))
+        self._rested.clear()
         self._look(unusable)
         placed = sum(single.node_id is not None for single in self._singles.values())
         self._enough |= placed >= self._demand.min_nodes
@@ -319,6 +330,15 @@ class _Singles:
         if gone:
             _release(self._singles[index].group)
             self._singles[index] = replace(self._singles[index], node_id=None)
+
+    def rest(self) -> bool:
+        """Give back the requests that are not placed: others need not think that somebody waits."""
+        for index, single in [*self._singles.items()]:
+            if single.node_id is None:
+                _release(single.group)
+                del self._singles[index]
+                self._rested.add(index)
+        return self._enough and len(self._singles) >= self._demand.min_nodes
 
     def waiting(self) -> str:
         """See ``Reservation``."""

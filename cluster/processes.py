@@ -70,6 +70,7 @@ class ForkedWorkers(PContext):
         self._processes: dict[int, ForkServerProcess] = {}
         self._pids: dict[int, int] = {}
         self._stacks_files: dict[int, Path] = {}
+        self.started_at: dict[int, float] = {}
         self.ended: dict[int, Ended] = {}
         self._stopping: set[int] = set()
         self._stopped_at: float | None = None
@@ -84,6 +85,7 @@ class ForkedWorkers(PContext):
     def _start(self) -> None:
         for rank in range(self.nprocs):
             spec = self._make_spec(rank, self.envs[rank], self.stdouts[rank], self.stderrs[rank])
+            self.started_at[rank] = time.time()
             process = forkserver.start(f"{self.name}{rank}", worker.main, (spec,))
             assert process.pid is not None
             self._processes[rank] = process

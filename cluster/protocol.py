@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from kfpytorch_ray.config import DEFAULT_MAX_LOG_BYTES
 from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.plan import Contract, FlyteContext
+from kfpytorch_ray.rank_decks import RANK_0
+from kfpytorch_ray.report.data import RankDeck, Sample
 from kfpytorch_ray.results import RankRecord, Stage
 
 
 @dataclass(frozen=True, slots=True)
 class AgentSetup:
-    """What an agent needs once, before its first round.
+    """What an agent needs once for a launch, before its first round.
 
     Attributes:
         name: Of the launch, for people.
@@ -36,9 +38,11 @@ class AgentSetup:
         monitor_interval_s: Longest time between two looks at the workers.
         stop_grace_s: Seconds between SIGTERM and SIGKILL.
         silence_timeout_s: Seconds without a pulse of the controller after which the agent and its workers end.
+        launch_id: Another one for every launch, so that an order which comes late stops no round of the next launch.
         logs: Whose lines the driver prints: ``"rank0"``, ``"all"`` or ``"none"``.
         max_log_bytes: Largest file of one rank's lines in one round.
         log_archive: URI of the folder where these files are kept; empty: nowhere.
+        decks: Whose decks come home: one of ``kfpytorch_ray.rank_decks.CHOICES``.
         known_as: By which people know the run; empty: by ``run_id``.
     """
 
@@ -57,10 +61,22 @@ class AgentSetup:
     monitor_interval_s: float
     stop_grace_s: float
     silence_timeout_s: float
+    launch_id: str = ""
     logs: str = "rank0"
     max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
     log_archive: str = ""
+    decks: str = RANK_0
     known_as: str = ""
+
+    def same_agent(self, other: AgentSetup) -> bool:
+        """Whether the agents of one launch can serve the other.
+
+        What modules may have read while they were imported, and what agents were built for, has to be the same.
+        """
+        ours, theirs = (
+            (one.nproc_per_node, one.environment, one.preload, one.silence_timeout_s) for one in (self, other)
+        )
+        return ours == theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +109,7 @@ class NodePulse:
         idle_s: Seconds since a worker of this agent last made progress, or since the round started here.
         listening: Whether a worker has asked ``stop_requested()`` in this round.
         alive: Workers of this agent whose process runs.
+        samples: What ranks used since the pulse before.
         points: What rank 0 has told by ``progress()`` since the last answer that is known to have arrived, if it is
             here; some may come twice.
     """
@@ -101,6 +118,7 @@ class NodePulse:
     idle_s: float
     listening: bool
     alive: int = 0
+    samples: tuple[tuple[int, Sample], ...] = ()
     points: tuple[MetricPoint, ...] = ()
 
 
@@ -110,12 +128,16 @@ class NodeReport:
 
     Attributes:
         node_rank: Of the agent.
-        ranks: How they ended.
+        ranks: By local rank, how they ended.
+        decks: That they have left.
+        samples: What they used, as far as no pulse has said it.
         points: As in ``NodePulse``: the last ones of the round.
     """
 
     node_rank: int
     ranks: tuple[RankRecord, ...]
+    decks: tuple[RankDeck, ...] = ()
+    samples: tuple[tuple[int, Sample], ...] = ()
     points: tuple[MetricPoint, ...] = ()
 
 
@@ -137,6 +159,8 @@ class WorkerSpec:
         flyte: Its Flyte context.
         upload_files: Whether it uploads files that it returns.
         stacks: File for the stacks of its threads, when it is asked for them.
+        decks: File for its decks; empty where nobody wants them.
+        all_decks: Whether they are wanted however it ends.
     """
 
     environment: Mapping[str, str]
@@ -152,6 +176,8 @@ class WorkerSpec:
     flyte: FlyteContext
     upload_files: bool
     stacks: str
+    decks: str = ""
+    all_decks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +208,7 @@ class SupervisorSetup:
     """What an agent gives its supervisor process.
 
     Attributes:
-        setup: The agent's own.
+        nproc_per_node: Workers of this agent.
         address: The address that Ray knows for this node.
         folder: For logs and error files.
         payload: File with the pickled call.
@@ -190,7 +216,7 @@ class SupervisorSetup:
         preload: Modules that the fork server should have imported.
     """
 
-    setup: AgentSetup
+    nproc_per_node: int
     address: str
     folder: str
     payload: str
@@ -203,6 +229,24 @@ class Ready:
     """First word of a supervisor: the fork server is warm, but for these modules."""
 
     missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginLaunch:
+    """Comes before the rounds of a launch; answered with None. No order of the launch before counts any more.
+
+    Attributes:
+        setup: What holds for all rounds.
+        folder: For the launch's files: what its ranks print, error files.
+    """
+
+    setup: AgentSetup
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndLaunch:
+    """Asks for the last log lines to be passed on; answered when they are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,8 @@ class Traces:
         last_sign: Seconds since the epoch of its last sign of progress, or of the start of the round.
         stdout: File with its standard output; None where it never started.
         stderr: File with its standard error.
+        started_at: Seconds since the epoch at which its process was started; None where it never was.
+        called_at: Seconds since the epoch at which it began to run the function; None where it never did.
     """
 
     ended: Ended | None
@@ -56,6 +58,8 @@ class Traces:
     last_sign: float
     stdout: str | None = None
     stderr: str | None = None
+    started_at: float | None = None
+    called_at: float | None = None
 
 
 def outcome_of(traces: Traces) -> tuple[Outcome, str]:
@@ -102,11 +106,14 @@ def record_of(traces: Traces, rank: int, local_rank: int, node_rank: int, node: 
         stage=failure.stage if failure else Stage.CALL,
         recoverable=bool(failure and failure.recoverable),
         exception=failure.exception if failure else None,
-        log_tail=() if outcome is Outcome.SUCCEEDED else _log_tail(traces),
+        log_tail=_log_tail(traces),
         out_of_memory=ended is not None and ended.out_of_memory,
         progressed=traces.beat.progressed_at is not None,
         step=traces.beat.step,
         stacks=(ended.stacks or "") if ended is not None else "",
+        started_at=traces.started_at,
+        called_at=traces.called_at,
+        ended_at=None if ended is None else ended.at,
     )
 
 

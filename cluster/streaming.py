@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,6 +152,16 @@ class OutputStream:
             self._show(text, error)
         except (OSError, ValueError) as broken:
             logger.debug("Lines of ranks cannot be printed: %s", broken)
+
+
+@contextmanager
+def output_shown(show: Callable[[str, bool], None]) -> Iterator[OutputStream]:
+    """Have what ranks print shown while the context runs. As ``OutputStream``."""
+    output = OutputStream(show)
+    try:
+        yield output
+    finally:
+        output.close()
 
 
 def _concerns(followed: _Followed) -> bool:

@@ -12,13 +12,13 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
 
+from kfpytorch_ray import rank_decks
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
 from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
 from kfpytorch_ray.cluster.guardian import kill_all, strays
@@ -26,6 +26,8 @@ from kfpytorch_ray.cluster.output import LOGS, SPOOL, RoundOutput
 from kfpytorch_ray.cluster.output_spool import OutputSpool
 from kfpytorch_ray.cluster.processes import ForkedWorkers
 from kfpytorch_ray.cluster.protocol import (
+    BeginLaunch,
+    EndLaunch,
     Failed,
     Failing,
     Finished,
@@ -40,6 +42,7 @@ from kfpytorch_ray.cluster.protocol import (
 )
 from kfpytorch_ray.cluster.records import Traces, record_of
 from kfpytorch_ray.cluster.worker_failure import read_failure
+from kfpytorch_ray.flyte_worker import CALLED_MARKER, marked_at
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, PAGE_VARIABLE, Beat, HeartbeatPage
 from kfpytorch_ray.metric_page import METRICS_NAME, MetricPage
 
@@ -74,34 +77,38 @@ def main(connection: Connection, given: SupervisorSetup) -> None:
         connection.send(True)
 
 
-@dataclass
 class _Supervisor:
-    connection: Connection
-    given: SupervisorSetup
-    store: TCPStore | None = None
-    stopped_round: int = -1
-    hung_round: int = -1
-    workers: ForkedWorkers | None = None
-
-    def __post_init__(self) -> None:
-        self.page_path = Path(self.given.folder, PAGE_NAME)
+    def __init__(self, connection: Connection, given: SupervisorSetup) -> None:
+        self.connection = connection
+        self.given = given
+        self.page_path = Path(given.folder, PAGE_NAME)
         self.page = HeartbeatPage.open(self.page_path)
         self.metrics = MetricPage.open(self.page_path.with_name(METRICS_NAME))
-        self.spool = OutputSpool(Path(self.given.folder, SPOOL))
+        self.launch: _Launch | None = None
 
-    def answer(self, request: OpenStore | RoundAssignment) -> int | Finished:
+    def answer(self, request: BeginLaunch | EndLaunch | OpenStore | RoundAssignment) -> Any:
+        if isinstance(request, BeginLaunch):
+            self.launch = _Launch(request)
+            return None
+        assert self.launch is not None
+        if isinstance(request, EndLaunch):
+            self.launch.finish_output()
+            self.launch = None
+            return None
         if isinstance(request, OpenStore):
-            self.store = open_store(self.given.address)
-            return self.store.port
-        return self._run_round(request)
+            self.launch.store = open_store(self.given.address)
+            return self.launch.store.port
+        return self._run_round(self.launch, request)
 
-    def _run_round(self, assignment: RoundAssignment) -> Finished:
+    def _run_round(self, launch: _Launch, assignment: RoundAssignment) -> Finished:
         given = self.given
-        setup = given.setup
-        folder = Path(given.folder, f"round-{assignment.round_index}")
+        setup = launch.setup
+        folder = launch.folder / f"round-{assignment.round_index}"
         folder.mkdir()
         stems = {rank: f"{assignment.round_index}-{rank}" for rank in range(setup.nproc_per_node)}
         failures = {rank: folder / f"failure-{rank}" for rank in stems}
+        first = assignment.node_rank * setup.nproc_per_node
+        decks = {rank: rank_decks.file_of(folder, setup.decks, first + rank, rank) for rank in stems}
 
         def make_spec(rank: int, environment: Mapping[str, str], stdout: str, stderr: str) -> WorkerSpec:
             return WorkerSpec(
@@ -118,12 +125,14 @@ class _Supervisor:
                 flyte=setup.flyte,
                 upload_files=given.address != setup.driver_address and environment["RANK"] == "0",
                 stacks=str(folder / f"stacks-{rank}"),
+                decks=decks[rank],
+                all_decks=setup.decks == rank_decks.ALL,
             )
 
         agent = RoundAgent(
             setup,
             assignment,
-            store=self.store if assignment.node_rank == 0 else None,
+            store=launch.store if assignment.node_rank == 0 else None,
             log_folder=str(folder),
             make_spec=make_spec,
             orders=self.connection,
@@ -131,12 +140,12 @@ class _Supervisor:
             failing=lambda: self.connection.send(Failing()),
             page=self.page,
             output=RoundOutput(
-                folder=Path(given.folder, LOGS),
+                folder=launch.folder / LOGS,
                 round_index=assignment.round_index,
                 node_rank=assignment.node_rank,
                 logs=setup.logs,
                 limit_bytes=setup.max_log_bytes,
-                spool=self.spool,
+                spool=launch.spool,
             ),
         )
         started_at = time.time()
@@ -148,13 +157,13 @@ class _Supervisor:
         finally:
             self.page.end_round()
             _end_strays()
-            self.workers = agent.workers
-            self.finish_output()
+            launch.workers = agent.workers
+            launch.finish_output()
         beats = self.page.read()
         records = tuple(
             record_of(
                 self._traces(agent, rank, failures[rank], beats[rank], started_at),
-                rank=assignment.node_rank * setup.nproc_per_node + rank,
+                rank=first + rank,
                 local_rank=rank,
                 node_rank=assignment.node_rank,
                 node=given.address,
@@ -167,36 +176,64 @@ class _Supervisor:
             for path in (Path(parent) / stem for parent in given.result_folders)
             if path.exists()
         }
-        return Finished(NodeReport(assignment.node_rank, records), results)
+        left = tuple(deck for path in decks.values() for deck in rank_decks.read(path))
+        return Finished(NodeReport(assignment.node_rank, records, left), results)
 
     def _traces(self, agent: RoundAgent, rank: int, failure: Path, beat: Beat, started_at: float) -> Traces:
+        workers = agent.workers
         return Traces(
             ended=agent.ended().get(rank),
             failure=read_failure(failure),
             beat=beat,
             last_sign=_last_sign(beat, started_at),
-            stdout=None if agent.workers is None else agent.workers.stdouts[rank],
-            stderr=None if agent.workers is None else agent.workers.stderrs[rank],
+            stdout=None if workers is None else workers.stdouts[rank],
+            stderr=None if workers is None else workers.stderrs[rank],
+            started_at=None if workers is None else workers.started_at.get(rank),
+            called_at=None if workers is None else marked_at(workers.error_files[rank], CALLED_MARKER),
         )
 
     def finish_output(self) -> None:
-        """Pass on the last lines of the last round."""
-        if self.workers is not None:
-            self.workers.finish_output(_OUTPUT_WAIT_S)
+        """Pass on the last lines of a launch."""
+        if self.launch is not None:
+            self.launch.finish_output()
 
     def take(self, order: StopRound) -> None:
         """Remember an order; the round that it is about may not have come yet."""
-        self.stopped_round = max(self.stopped_round, order.round_index)
-        if order.hung:
-            self.hung_round = max(self.hung_round, order.round_index)
+        if self.launch is not None:
+            self.launch.take(order)
 
     def _stop_ordered(self, round_index: int) -> StopRound | None:
         """Take the orders that have come; what they say about this round."""
         while self.connection.poll():
             self.take(self.connection.recv())
-        if self.stopped_round < round_index:
+        return None if self.launch is None else self.launch.order_for(round_index)
+
+
+class _Launch:
+    """What the supervisor has of one launch; nothing of it reaches the next."""
+
+    def __init__(self, begin: BeginLaunch) -> None:
+        self.setup = begin.setup
+        self.folder = Path(begin.folder)
+        self.spool = OutputSpool(self.folder / SPOOL)
+        self.store: TCPStore | None = None
+        self.workers: ForkedWorkers | None = None
+        self._stopped_round = -1
+        self._hung_round = -1
+
+    def take(self, order: StopRound) -> None:
+        self._stopped_round = max(self._stopped_round, order.round_index)
+        if order.hung:
+            self._hung_round = max(self._hung_round, order.round_index)
+
+    def order_for(self, round_index: int) -> StopRound | None:
+        if self._stopped_round < round_index:
             return None
-        return StopRound(round_index, hung=self.hung_round == round_index)
+        return StopRound(round_index, hung=self._hung_round == round_index)
+
+    def finish_output(self) -> None:
+        if self.workers is not None:
+            self.workers.finish_output(_OUTPUT_WAIT_S)
 
 
 def _end_strays() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 import ray
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.util.placement_group import placement_group_table
 
 from kfpytorch_ray.cluster.demand import Resources
@@ -36,6 +37,15 @@ def available(but: AbstractSet[str] = frozenset()) -> dict[str, Resources]:
     without = draining_nodes().keys() | but
     there: dict[str, Resources] = ray._private.state.available_resources_per_node()
     return {node: has for node, has in there.items() if node not in without}
+
+
+def demand_that_waits() -> list[Resources]:
+    """What tasks, actors and placement groups of all jobs ask for and do not have, as autoscalers are told it."""
+    worker: Any = ray._private.worker.global_worker
+    state = get_cluster_resource_state(worker.gcs_client)
+    gangs = [request for gang in state.pending_gang_resource_requests for request in gang.requests]
+    single = [each.request for each in state.pending_resource_requests]
+    return [dict(request.resources_bundle) for request in [*single, *gangs]]
 
 
 def groups() -> list[Group]:

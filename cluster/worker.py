@@ -13,14 +13,15 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from kfpytorch_ray import flyte_worker
+from kfpytorch_ray import flyte_worker, rank_decks
 from kfpytorch_ray.cluster.forkserver import die_with_server, leave_fork_server
 from kfpytorch_ray.cluster.pickling import dump_result_parts
 from kfpytorch_ray.cluster.protocol import WorkerSpec
@@ -67,7 +68,9 @@ def main(spec: WorkerSpec) -> None:
 def _run(spec: WorkerSpec) -> None:
     with failures_written(Path(spec.failure), Stage.CALL):
         finish = partial(upload_files, staged_prefix=spec.flyte.staged_prefix) if spec.upload_files else None
-        result = flyte_worker.run_in_flyte_context(partial(_load_and_call, spec), spec.flyte, finish)
+        result = flyte_worker.run_in_flyte_context(
+            partial(_load_and_call, spec), spec.flyte, finish, _deck_keeper(spec) if spec.decks else None
+        )
 
     with failures_written(Path(spec.failure), Stage.RESULT):
         spool(dump_result_parts(result), spec.result_directories, spec.result)
@@ -80,7 +83,13 @@ def _load_and_call(spec: WorkerSpec) -> Any:
             msg = "the payload differs from the one that the driver sent; it was not unpickled"
             raise ValueError(msg)
         call = load_payload(data)
+    flyte_worker.leave_marker(flyte_worker.CALLED_MARKER)
     return call()
+
+
+def _deck_keeper(spec: WorkerSpec) -> Callable[[list[Any]], AbstractContextManager[None]]:
+    rank = int(spec.environment["RANK"])
+    return lambda decks: rank_decks.kept(decks, Path(spec.decks), rank, always=spec.all_decks)
 
 
 def search_path(own: Sequence[str], given: Sequence[str]) -> list[str]:

@@ -192,6 +192,8 @@ class RayRunOptions(CallOptions):
         grow_cooldown_s: Shortest time that a round runs before it is ended because more nodes have arrived.
         hang_timeout_s: Seconds without ``kfpytorch_ray.progress()`` or a checkpoint by any rank after which the round
             fails, with the stacks of all ranks. None: no limit.
+        decks: Whose flytekit decks the task shows: ``"rank0"``, or ``"all"`` ranks', named by rank, also of those that
+            failed or were stopped. They are kept in files on their way, so they cost disk and time.
         logs: Whose lines the driver prints, as ``[rank 3 | node 1] ...``: ``"rank0"``, ``"all"`` or ``"none"``. The
             last lines of ranks that fail are printed in any case.
         max_log_bytes: Largest file of what one rank prints in one round. Of more, the beginning (half of it) and the
@@ -208,6 +210,7 @@ class RayRunOptions(CallOptions):
     checkpoint_grace_s: float = 30.0
     grow_cooldown_s: float = 60.0
     hang_timeout_s: float | None = None
+    decks: str = "rank0"
     logs: str = LOGS[0]
     max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
     log_folder: str | None = None
@@ -316,9 +319,12 @@ class RayBackend(StoredRunOptions, RayRunOptions):
         autoscaling: Whether the cluster may still grow. Then demand that no present node could hold is waited for,
             until the join timeout, instead of being refused at once.
         headers: HTTP headers of every request to the job API. Ray's own token needs none: ``RAY_AUTH_TOKEN``, or the
-            file that ``RAY_AUTH_TOKEN_PATH`` names, is sent where ``RAY_AUTH_MODE=token``. For a remote address only,
-            as all that follow.
-        verify: Whether the server's TLS certificate is verified, or the file or folder of certificates to trust.
+            file that ``RAY_AUTH_TOKEN_PATH`` names, is sent where ``RAY_AUTH_MODE=token``. For a remote address only.
+        verify: Whether the server's TLS certificate is verified, or the file or folder of certificates to trust. For a
+            remote address only.
+        keep_warm_s: Seconds for which agents and their nodes are kept after a launch, for the next one of this process
+            with the same nodes, workers, environment and ``preload``: that starts in a tenth of a second. Given back
+            sooner when somebody waits for them. Not for a remote address, whose driver ends with its run.
         **options: As in ``StoredRunOptions``, which are for a remote address only, and in ``RayRunOptions``.
     """
 
@@ -329,6 +335,7 @@ class RayBackend(StoredRunOptions, RayRunOptions):
     autoscaling: bool = False
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     verify: bool | str = True
+    keep_warm_s: float = 0.0
 
 
 @dataclass(kw_only=True)

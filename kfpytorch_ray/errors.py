@@ -30,12 +30,15 @@
         └── DeadlineExceededError           RunPolicy.active_deadline_seconds passed
 
 ``retryable`` says whether Flyte may run the task again; only the task classes translate it into Flyte's own
-exceptions. Constructor parameters equal ``args``, so that pickle and Ray rebuild an error with its fields.
+exceptions. Constructor parameters equal ``args``, so that pickle and Ray rebuild an error with its fields; the report,
+which is set later, comes with them.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
+
+from kfpytorch_ray.report.carrier import Reported
 
 if TYPE_CHECKING:
     from kfpytorch_ray.results import RoundRecord
@@ -49,8 +52,8 @@ def explain(what: str, why: str, fix: str) -> str:
     return f"{what}\nWhy: {why}\nFix: {fix}"
 
 
-class KfpytorchRayError(Exception):
-    """Root of the tree.
+class KfpytorchRayError(Reported, Exception):
+    """Root of the tree. What a launch raises once it has begun carries its report: ``error.save_html(path)``.
 
     Attributes:
         retryable: Whether running the same task again may succeed without a change.

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import flytekit
+from flytekit import Deck
 from flytekit.core.context_manager import FlyteContextManager
 from flytekit.exceptions.user import FlyteRecoverableException
 
@@ -25,6 +27,8 @@ from kfpytorch_ray.results import ElasticWorkerResult
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 RECOVERABLE_MARKER = "recoverable_error"
 UNPICKLABLE_MARKER = "unpicklable_result"
+CALLED_MARKER = "called"
+"""Left when the user's function is about to be called."""
 
 
 def spawn_helper(
@@ -52,7 +56,10 @@ def spawn_helper(
 
 
 def run_in_flyte_context(
-    call: Callable[[], Any], flyte: FlyteContext, finish: Callable[[Any], Any] | None = None
+    call: Callable[[], Any],
+    flyte: FlyteContext,
+    finish: Callable[[Any], Any] | None = None,
+    keep_decks: Callable[[list[Deck]], AbstractContextManager[None]] | None = None,
 ) -> ElasticWorkerResult:
     """Set up the Flyte context of a worker, which sets the execution's variables in ``os.environ``, and call.
 
@@ -60,13 +67,17 @@ def run_in_flyte_context(
         call: The user's function with its inputs.
         flyte: What the context is made of.
         finish: What becomes of the value under that context, once its metadata is found.
+        keep_decks: Given the list of the worker's decks, what is to be around the call.
     """
     from flytekit.bin.entrypoint import setup_execution
 
     os.environ.update(flyte.execution_id)
     with setup_execution(raw_output_data_prefix=flyte.raw_output_prefix) as context:
         try:
-            with FlyteContextManager.with_context(_with_checkpoint(context, flyte)):
+            with (
+                FlyteContextManager.with_context(_with_checkpoint(context, flyte)) as inner,
+                keep_decks(inner.user_space_params.decks) if keep_decks else contextlib.nullcontext(),
+            ):
                 result = run_in_current_context(call)
                 return result if finish is None else result._replace(return_value=finish(result.return_value))
         finally:
@@ -124,3 +135,11 @@ def has_marker(error_file: str, name: str) -> bool:
     """
     path = Path(error_file)
     return path.is_file() and path.with_name(name).exists()
+
+
+def marked_at(error_file: str, name: str) -> float | None:
+    """When a worker that has this error file left a marker, in seconds since the epoch; None if it did not."""
+    try:
+        return Path(error_file).with_name(name).stat().st_mtime
+    except (OSError, ValueError):
+        return None

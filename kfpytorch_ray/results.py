@@ -15,6 +15,8 @@ from flytekit import Deck
 from flytekit.core.context_manager import OutputMetadata
 
 from kfpytorch_ray.metrics import MetricPoint
+from kfpytorch_ray.report.carrier import Reported
+from kfpytorch_ray.report.data import RunReport
 
 
 class ElasticWorkerResult(NamedTuple):
@@ -92,6 +94,10 @@ class RankRecord:
         stacks: Of all its threads, where it hung; empty otherwise.
         logs: URIs of the files with what it printed in this round, where they are kept: one, or where its node was
             lost meanwhile up to three, to be read in their order.
+        started_at: Seconds since the epoch at which its process was started; None where it never was.
+        called_at: Seconds since the epoch at which it began to run the function; None where it never did.
+        ended_at: Seconds since the epoch at which its process had ended; None where that is not known. A rank that
+            raised did so at ``timestamp``.
     """
 
     rank: int
@@ -112,6 +118,9 @@ class RankRecord:
     step: int | None = None
     stacks: str = ""
     logs: tuple[str, ...] = ()
+    started_at: float | None = None
+    called_at: float | None = None
+    ended_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +163,10 @@ def logs_of(rounds: Iterable[RoundRecord]) -> dict[int, tuple[str, ...]]:
     return dict(sorted(logs.items()))
 
 
-class ElasticResult(Mapping[int, ElasticWorkerResult]):
+class ElasticResult(Reported, Mapping[int, ElasticWorkerResult]):
     """The results of a launch by global rank; a rank's value is fetched when it is first asked for.
+
+    ``save_html(path)`` and ``deck`` show what happened, ``report`` has it as data (kfpytorch_ray.report.data).
 
     Args:
         ranks: The ranks whose results can be had here: all of them, but those of this node only on the kubeflow
@@ -163,6 +174,7 @@ class ElasticResult(Mapping[int, ElasticWorkerResult]):
         fetch: Brings one rank's result. Called once per rank.
         rounds: What became of every rank, one record for each round; the last one succeeded.
         run_id: Of a run on a cluster that is elsewhere; empty for others.
+        report: What happened; None where the backend does not say.
     """
 
     def __init__(
@@ -171,12 +183,14 @@ class ElasticResult(Mapping[int, ElasticWorkerResult]):
         fetch: Callable[[int], ElasticWorkerResult],
         rounds: tuple[RoundRecord, ...] = (),
         run_id: str = "",
+        report: RunReport | None = None,
     ) -> None:
         self._ranks = ranks
         self._fetch = fetch
         self._fetched: dict[int, ElasticWorkerResult] = {}
         self.rounds = rounds
         self.run_id = run_id
+        self.report = report
 
     def __getitem__(self, rank: int) -> ElasticWorkerResult:
         if rank not in self._ranks:

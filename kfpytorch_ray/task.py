@@ -16,13 +16,11 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import flytekit
 from flytekit import PythonFunctionTask
 from flytekit.configuration import SerializationSettings
 from flytekit.core.context_manager import FlyteContextManager
 from flytekit.core.pod_template import PodTemplate
 from flytekit.core.resources import ResourceSpec, convert_resources_to_resource_model
-from flytekit.deck.deck import TimeLineDeck
 from flytekit.exceptions.base import FlyteException
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
 from flytekit.extend import IgnoreOutputs, TaskPlugins
@@ -62,6 +60,7 @@ from kfpytorch_ray.pods import ShapesPods
 from kfpytorch_ray.preflight import Job, admit
 from kfpytorch_ray.results import ElasticWorkerResult
 from kfpytorch_ray.routing import ROUTE_VARIABLE, route_if_switched_on
+from kfpytorch_ray.run_deck import add_decks, publish_failure
 from kfpytorch_ray.task_arguments import TaskArguments, nothing_asked
 
 __all__ = [
@@ -236,8 +235,12 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
             if told_earlier(context, getattr(error, "timestamp", 0.0) or time.time()):
                 logger.warning("Another pod failed before this one and has told Flyte. This one: %s", error)
                 raise IgnoreOutputs from error
+            publish_failure(error.report)
             raise _flyte_error(error) from (error.__cause__ or error)
-        _hand_over(first)
+        add_decks(result.report, first)
+        tracker = FlyteContextManager.current_context().output_metadata_tracker
+        if first.om and tracker:
+            tracker.add(first.return_value, first.om)
         return first.return_value
 
     def _get_container(self, settings: SerializationSettings) -> Any:
@@ -330,15 +333,6 @@ def _flyte_error(error: KfpytorchRayError) -> FlyteException:
     if error.retryable:
         return FlyteRecoverableException(str(error), timestamp=timestamp)
     return FlyteUserRuntimeException(error, timestamp=timestamp)
-
-
-def _hand_over(first: ElasticWorkerResult) -> None:
-    """Make rank 0's decks and output metadata the task's. The task has a timeline of its own."""
-    decks = flytekit.current_context().decks
-    decks.extend(deck for deck in first.decks if not isinstance(deck, TimeLineDeck))
-    tracker = FlyteContextManager.current_context().output_metadata_tracker
-    if first.om and tracker:
-        tracker.add(first.return_value, first.om)
 
 
 def _is_installed(package: str) -> bool:

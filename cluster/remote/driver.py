@@ -68,12 +68,12 @@ def main(uri: str, working_dir: str = "") -> int:
         return _fail(folder, error, EXIT_FAILED)
     lease = LeaseWatch(folder, manifest.lease_s)
     with interruptible(), lease:
-        return _run(folder, request, replace(options, working_dir=working_dir), lease)
+        return _run(folder, request, replace(options, working_dir=working_dir), lease, manifest.backend)
 
 
-def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: LeaseWatch) -> int:
+def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: LeaseWatch, backend: str) -> int:
     try:
-        launched = run_request(request, options, home=False)
+        launched = run_request(request, options, home=False, backend=backend)
         # Before the outcome, which tells that everything else is there.
         _keep_log(folder)
         _write_success(folder, launched)
@@ -90,7 +90,7 @@ def _write_success(folder: Storage, launched: Launched) -> None:
     with ThreadPoolExecutor(_UPLOADS_AT_A_TIME, "kfpytorch-ray-upload") as pool:
         digests = list(pool.map(partial(_upload, folder), range(len(launched.refs)), launched.refs))
     results = tuple((digest.sha256, digest.size_bytes) for digest in digests)
-    write_outcome(folder, RunStatus.SUCCEEDED, Record(launched.rounds), results)
+    write_outcome(folder, RunStatus.SUCCEEDED, Record(launched.rounds, report=launched.report), results)
 
 
 def _upload(folder: Storage, rank: int, ref: Any) -> Digest:

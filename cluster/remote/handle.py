@@ -15,14 +15,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 
 from kfpytorch_ray.cluster.interruption import interruptible, wants_to_stop
 from kfpytorch_ray.cluster.log_archive import RankFiles
 from kfpytorch_ray.cluster.output import shows
+from kfpytorch_ray.cluster.recording import report_of_rounds
 from kfpytorch_ray.cluster.remote.job import ClusterJob, JobState
 from kfpytorch_ray.cluster.remote.lease import LeaseKeeper
-from kfpytorch_ray.cluster.remote.outcome import Downloads, read_record, write_failure
+from kfpytorch_ray.cluster.remote.outcome import Downloads, Record, read_record, write_failure
 from kfpytorch_ray.cluster.remote.patience import Patience
 from kfpytorch_ray.config import StoredRunOptions
 from kfpytorch_ray.errors import (
@@ -37,6 +39,7 @@ from kfpytorch_ray.errors import (
     explain,
 )
 from kfpytorch_ray.notices import tell
+from kfpytorch_ray.report.data import Activity, Phase, RunReport
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import DRIVER_LOG, Manifest, Outcome, collect, collected, discard, read_outcome
@@ -189,7 +192,9 @@ class RemoteRun:
         if outcome.state == RunStatus.STOPPED.value:
             raise RunStoppedError(outcome.message)
         record = patience.until_answered(partial(read_record, self._folder, outcome))
+        report = self._report(record)
         if record.error is not None:
+            record.error.report = report
             if not keep:
                 self._forget()
                 _removing(discard, self._folder)
@@ -200,11 +205,22 @@ class RemoteRun:
         def fetch(rank: int) -> ElasticWorkerResult:
             return patience.until_answered(partial(downloads, rank))
 
-        result = ElasticResult(ranks, fetch, record.rounds, self.run_id)
+        result = ElasticResult(ranks, fetch, record.rounds, self.run_id, report)
         if not keep:
             self._forget()
             weakref.finalize(result, _collect_if_taken, downloads, self._folder)
         return result
+
+    def _report(self, record: Record) -> RunReport | None:
+        """What its driver has told; of pods without a driver, what follows from what they have left."""
+        told = record.report if record.error is None else record.error.report
+        run = self._manifest
+        if told is not None:
+            if run.created_at >= told.started_at:
+                return told
+            submitting = Phase(Activity.SUBMITTING, run.created_at, told.started_at)
+            return replace(told, started_at=run.created_at, phases=(submitting, *told.phases))
+        return report_of_rounds(run.name, run.run_id, run.backend, record.rounds, record.error)
 
     def collect(self) -> None:
         """Count its result as taken."""
@@ -301,7 +317,7 @@ class RemoteRun:
         return ClusterUnreachableError(
             explain(
                 what,
-                f"{why} (RayBackend(reconnect_timeout_s=...)).",
+                f"{why} (reconnect_timeout_s=...).",
                 f"If the cluster still runs, take the result when it can be reached: {self.command('result')}",
             )
         )
@@ -326,8 +342,9 @@ class RemoteRun:
     def _lost(self, message: str, last_lines: str = "") -> RunLostError:
         text = explain(
             f"The run {self.run_id} is over and has left no outcome.",
-            f"{message.rstrip('.')}. Its driver was killed, could not start, or could not write to {self._folder.uri}.",
-            "Look into the last lines of its log, and at the head's memory; then launch it again.",
+            f"{message.rstrip('.')}. Its driver, or a pod of it, was killed, could not start, or could not write to "
+            f"{self._folder.uri}.",
+            "Look into the last lines of its log, and whether memory ran out there; then launch it again.",
         )
         return RunLostError(f"{text}\n\nLast lines of its log:\n{last_lines}" if last_lines else text, time.time())
 

@@ -26,6 +26,7 @@ from kfpytorch_ray.errors import (
     WorkerFailedError,
     explain,
 )
+from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.results import ElasticWorkerResult, RoundRecord
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import OUTCOME, OUTCOME_RECORD, RESULTS, Outcome
@@ -43,11 +44,13 @@ class Record:
 
     Attributes:
         rounds: What became of every rank, one record for each round.
-        error: Why it failed; None if it did not.
+        error: Why it failed; None if it did not. Carries the report itself.
+        report: What happened in a run that succeeded; None where no driver saw it.
     """
 
     rounds: tuple[RoundRecord, ...]
     error: KfpytorchRayError | None = None
+    report: RunReport | None = None
 
 
 def write_failure(folder: Storage, error: KfpytorchRayError) -> None:

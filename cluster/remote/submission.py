@@ -179,7 +179,16 @@ def _refuse_other_versions(client: JobClient, storage: Storage, runtime_env: dic
 
 def _inside(options: RayBackend) -> RayBackend:
     """The options as the driver on the cluster needs them: it is there already, and knows no secret of the way."""
-    return replace(options, address="auto", working_dir="", runtime_env=None, storage=None, headers={}, verify=True)
+    return replace(
+        options,
+        address="auto",
+        working_dir="",
+        runtime_env=None,
+        storage=None,
+        headers={},
+        verify=True,
+        keep_warm_s=0.0,
+    )
 
 
 def _stop(client: JobClient, run_id: str) -> None:

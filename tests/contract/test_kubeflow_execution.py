@@ -61,6 +61,9 @@ def test_every_rank_brings_its_value_home(start_method: str) -> None:
     assert run_id.startswith("launch-")
     assert result[1].return_value is None
     assert len(result) == 2
+    assert result.report is not None
+    assert [rank.outcome for rank in result.report.rounds[0].ranks] == ["succeeded", "succeeded"]
+    assert "succeeded" in result.deck
 
 
 def test_a_task_returns_rank_0s_value_and_decks() -> None:
@@ -116,6 +119,15 @@ def test_another_failure_is_a_user_error_with_rank_and_traceback() -> None:
     assert isinstance(caught.value.value, WorkerFailedError)
     assert "rank      : 1" in str(caught.value)
     assert caught.value.__cause__ is not None
+    report = caught.value.value.report
+    assert report is not None
+    cause = next(rank for rank in report.rounds[0].ranks if rank.rank == report.rounds[0].cause)
+    assert (cause.rank, cause.outcome, cause.exit_code) == (1, "raised", 1)
+    assert "learning_rate" in cause.message
+    assert 'raise KeyError("learning_rate")' in cause.traceback
+    assert report.failure is not None
+    assert report.failure.error == "WorkerFailedError"
+    assert "raise KeyError(&#34;learning_rate&#34;)" in caught.value.value.deck
 
 
 def test_a_killed_rank_is_not_recoverable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +141,9 @@ def test_a_killed_rank_is_not_recoverable(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(WorkerFailedError, match="SIGKILL") as caught:
         launch(train, elastic=elastic("fork", nproc_per_node=1))
     assert not caught.value.retryable
+    assert caught.value.report is not None
+    (killed,) = caught.value.report.rounds[0].ranks
+    assert (killed.outcome, killed.message, killed.exit_code) == ("killed", "killed by SIGKILL", -9)
 
 
 def test_restarts_are_made(tmp_path: Path) -> None:

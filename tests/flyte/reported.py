@@ -21,4 +21,5 @@ def assert_reported(one: Attempt) -> None:
         }
     }
     assert "drawn by rank 0" in one.deck()
+    assert "Where the time went" in one.deck()
     assert "drawn by rank 1" not in one.deck()

@@ -57,6 +57,9 @@ def test_the_users_error_is_told_and_final(head: HeadCluster, attempt: Attempts)
     assert error.origin == execution_pb2.ExecutionError.USER
     assert "ValueError: no such column: 'price'" in error.message
     assert "rank 1" in error.message
+    assert "Root cause" in one.deck()
+    assert "backend kuberay" in one.deck()
+    assert "Rank 1 raised ValueError: no such column: &#39;price&#39;" in one.deck()
 
 
 def test_a_recoverable_error_is_tried_again_and_resumes(head: HeadCluster, attempt: Attempts) -> None:

@@ -58,6 +58,8 @@ def test_the_users_error_is_told(attempt: Attempts, image: dict[str, str], tmp_p
     assert error.kind == errors_pb2.ContainerError.NON_RECOVERABLE
     assert error.origin == execution_pb2.ExecutionError.USER
     assert "ValueError: no such column: 'price'" in error.message
+    assert "Root cause" in one.deck()
+    assert "no such column: &#39;price&#39;" in one.deck()
 
 
 def test_a_map_runs_the_task_for_each_input(attempt: Attempts, image: dict[str, str], tmp_path: Path) -> None:

@@ -98,6 +98,10 @@ def test_the_same_objects_as_from_a_local_run(
     assert [deck.name for deck in result.decks if "deck of 0" in deck.html] == ["curves"]
     (record,) = result.rounds
     assert (record.succeeded, record.world_size) == (True, 2)
+    assert result.report is not None
+    assert result.report.rounds[0].started_at == record.started_at
+    assert all(node.facts for node in result.report.nodes)
+    assert "succeeded" in result.deck
     printed = capfd.readouterr()
     assert {"0", "1"} <= set(re.findall(r"rank (\d) says hello", printed.out))
     assert "is submitted to" in printed.err
@@ -118,6 +122,9 @@ def test_the_users_own_exception_is_the_cause(head: HeadCluster, storage: str, o
         launch(work, elastic=elastic(head, storage, nnodes=2, working_dir=str(Path(str(odd.__file__)).parent)))
     assert isinstance(caught.value.__cause__, odd.OddError)
     assert caught.value.__cause__.code == 7
+    assert caught.value.report is not None
+    assert caught.value.report.rounds[0].cause == 1
+    assert "Rank 1 raised OddError: 7" in caught.value.deck
     assert [rank.outcome for rank in caught.value.rounds[0].ranks] == [Outcome.STOPPED, Outcome.RAISED]
     (folder,) = Path(storage.removeprefix("file://"), "runs").iterdir()
 

@@ -37,11 +37,13 @@ from kfpytorch_ray.cluster.stacks import find_py_spy
 from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
 from kfpytorch_ray.payload import dump_payload
 from kfpytorch_ray.plan import Contract, FlyteContext
+from kfpytorch_ray.report.data import NodeFacts, RankDeck
 from kfpytorch_ray.results import Outcome, RankRecord
 from kfpytorch_ray.testing import wait_until
 from kfpytorch_ray.testing.processes import all_processes
 from kfpytorch_ray.testing.processes import is_running as runs
 
+LAUNCH = "one"
 ADDRESS = "127.0.0.1"
 
 until = partial(wait_until, what="what the test asks for", timeout_s=60)
@@ -82,6 +84,7 @@ class Agent:
     folder: Path
     names: set[str] = field(default_factory=set)
     rounds: Iterator[int] = field(default_factory=itertools.count)
+    facts: NodeFacts = field(default_factory=NodeFacts)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _answers: dict[int, Future[Any]] = field(default_factory=dict)
 
@@ -203,6 +206,7 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
         "monitor_interval_s": 60.0,
         "stop_grace_s": 1.0,
         "silence_timeout_s": 3600.0,
+        "launch_id": LAUNCH,
     }
     ours, theirs = Pipe()
     process = subprocess.Popen(
@@ -215,8 +219,9 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
     listener = threading.Thread(target=agent.listen, daemon=True)
     listener.start()
     try:
-        ours.send(AgentSetup(**{**settings, **changes}))
-        agent.call("load", payload)
+        setup = AgentSetup(**{**settings, **changes})
+        ours.send(setup)
+        agent.facts = agent.call("load", setup, payload)
         assert len(agent.folders()) == 2
         yield agent
     finally:
@@ -259,6 +264,60 @@ def test_records_say_how_far_a_rank_came(agent: Agent) -> None:
     assert {(rank.progressed, rank.step) for rank in agent.run("return None", "return None")} == {(False, None)}
 
 
+def test_what_ranks_use_and_when_they_ran_comes_home(agent: Agent) -> None:
+    """Their memory by pulses while they run, and with the report what no pulse has said; times in their order."""
+    index, running = agent.start_round(
+        "held = bytearray(150 * 2**20); say('held', 1); hear('go')", "hear('go'); print('last words')"
+    )
+    agent.said("held")
+    seen: list[Any] = []
+
+    def held() -> bool:
+        seen.extend(agent.call("pulse").samples)
+        return any(rank == 0 and sample.memory_bytes > 150 * 2**20 for rank, sample in seen)
+
+    until(held)
+    (agent.folder / "said-go").touch()
+    report = running.result(60)
+    seen.extend(report.samples)
+    assert {rank for rank, _ in seen} == {0, 1}
+    assert {sample.round_index for _, sample in seen} == {index}
+    assert len(seen) == len({(rank, sample.at) for rank, sample in seen})
+    for rank in report.ranks:
+        assert rank.started_at < rank.called_at < rank.ended_at
+        of_rank = [sample.at for number, sample in seen if number == rank.rank]
+        assert of_rank == sorted(of_rank)
+        assert rank.started_at < of_rank[0]
+        assert of_rank[-1] < rank.ended_at
+    assert report.ranks[1].log_tail == ("last words",)
+
+
+def test_rank_0s_decks_come_home_where_it_fails(agent: Agent) -> None:
+    """A rank that returns brings them with its result; the other ranks' are not asked for."""
+    draw = "import flytekit; flytekit.Deck('curve', f'<p>{rank}</p>'); "
+    _, failed = agent.start_round(f"{draw}raise ValueError('oh')", f"{draw}time.sleep(600)")
+    assert failed.result(60).decks == (RankDeck(0, "curve", "<p>0</p>"),)
+    _, returned = agent.start_round(f"{draw}return 1", f"{draw}return 1")
+    assert returned.result(60).decks == ()
+
+
+def test_decks_of_all_ranks_come_home_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Of one that raised, and of one that was stopped for it and could write nothing by then."""
+    draw = "import flytekit; flytekit.Deck('curve', f'<p>{rank}</p>'); "
+    with agent_in(tmp_path, decks="all") as agent:
+        wait = f"from pathlib import Path\nwhile not [*Path({str(tmp_path)!r}).rglob('decks-0')]: pass"
+        _, failed = agent.start_round(f"{draw}time.sleep(600)", f"{draw}\n{wait}\nraise ValueError('oh')")
+        report = failed.result(60)
+    assert [rank.outcome for rank in report.ranks] == [Outcome.STOPPED, Outcome.RAISED]
+    assert report.decks == (RankDeck(0, "curve", "<p>0</p>"), RankDeck(1, "curve", "<p>1</p>"))
+
+
+def test_an_agent_says_what_its_node_is(agent: Agent) -> None:
+    """When it has loaded everything."""
+    assert agent.facts.cpus >= 1
+    assert "torch" in dict(agent.facts.versions)
+
+
 def test_a_rank_that_leaves_when_it_is_asked_to_has_not_succeeded(agent: Agent) -> None:
     """It has been told, so what it returns is no result; one that was not told has finished."""
     listening = """
@@ -269,12 +328,12 @@ def test_a_rank_that_leaves_when_it_is_asked_to_has_not_succeeded(agent: Agent) 
     """
     index, ending = agent.start_round(listening, "say('deaf', ''); return 'done'")
     agent.said("asked-0")
-    assert not agent.call("request_stop", index + 1)
-    assert agent.call("request_stop", index)
+    assert not agent.call("request_stop", LAUNCH, index + 1)
+    assert agent.call("request_stop", LAUNCH, index)
     early, done = ending.result(60).ranks
     assert (early.outcome, early.message) == (Outcome.STOPPED, "left after it was asked to stop")
     assert done.outcome is Outcome.SUCCEEDED
-    assert not agent.call("request_stop", index)
+    assert not agent.call("request_stop", LAUNCH, index)
 
 
 def test_nobody_listens_who_has_not_asked(agent: Agent) -> None:
@@ -282,8 +341,8 @@ def test_nobody_listens_who_has_not_asked(agent: Agent) -> None:
     index, ending = agent.start_round(f"say('up-0', ''); {FOREVER}", f"say('up-1', ''); {FOREVER}")
     agent.said("up-0")
     agent.said("up-1")
-    assert not agent.call("request_stop", index)
-    agent.call("stop_round", index)
+    assert not agent.call("request_stop", LAUNCH, index)
+    agent.call("stop_round", LAUNCH, index)
     assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
 
 
@@ -295,12 +354,12 @@ def test_a_pulse_is_answered_while_everything_else_waits(agent: Agent) -> None:
         f"kfpytorch_ray.stop_requested(); say('pulse', ''); {FOREVER}",
         "while time.sleep(0.01) is None: kfpytorch_ray.progress(1)",
     )
-    failure = agent.start("wait_for_failure", index)
+    failure = agent.start("wait_for_failure", LAUNCH, index)
     agent.said("pulse")
     busy: NodePulse = agent.call("pulse")
     assert (busy.round_index, busy.listening) == (index, True)
     assert busy.idle_s < 60
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
     assert failure.result(60) is False
 
@@ -339,7 +398,7 @@ def test_the_stacks_of_ranks_that_hang_are_kept(agent: Agent) -> None:
         """,
     )
     agent.said("hung-1")
-    agent.call("stop_round", index, True)
+    agent.call("stop_round", LAUNCH, index, True)
     one, other = ending.result(60).ranks
     assert (one.outcome, other.outcome) == (Outcome.HUNG, Outcome.HUNG)
     assert one.message.startswith("made no progress for ")
@@ -356,7 +415,7 @@ def test_who_ended_before_a_hang_was_noticed_keeps_that_end(agent: Agent) -> Non
     index, ending = agent.start_round("say('gone', os.getpid()); return None", f"say('left', ''); {FOREVER}")
     agent.said("left")
     until(lambda: not runs(int(agent.said("gone"))))
-    agent.call("stop_round", index, True)
+    agent.call("stop_round", LAUNCH, index, True)
     one, other = ending.result(60).ranks
     assert (one.outcome, one.stacks) == (Outcome.SUCCEEDED, "")
     assert other.outcome is Outcome.HUNG
@@ -367,7 +426,7 @@ def test_a_round_that_is_stopped_before_it_starts_has_no_workers(agent: Agent) -
     """Orders cross; the page shows no round afterwards."""
     index = next(agent.rounds)
     agent.rounds = itertools.count(index)
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     _, ending = agent.start_round("say('never', '')", "say('never', '')")
     assert {rank.message for rank in ending.result(60).ranks} == {"stopped before it started"}
     assert agent.call("pulse").round_index is None
@@ -387,7 +446,7 @@ def test_who_is_stopped_can_ask_whether_it_is(agent: Agent) -> None:
     index, ending = agent.start_round(polite, polite)
     agent.said("polite-0")
     agent.said("polite-1")
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     assert {(rank.outcome, rank.exit_code) for rank in ending.result(60).ranks} == {(Outcome.STOPPED, 0)}
     assert (agent.said("handled-0"), agent.said("handled-1")) == ("True", "True")
 
@@ -430,7 +489,7 @@ def test_a_rank_that_is_held_is_stopped_too(agent: Agent) -> None:
     index, ending = agent.start_round("say('held', os.getpid()); os.kill(os.getpid(), signal.SIGSTOP)", FOREVER)
     held = int(agent.said("held"))
     until(lambda: stat(held)[0] == "T")
-    agent.call("stop_round", index)
+    agent.call("stop_round", LAUNCH, index)
     assert [rank.exit_code for rank in ending.result(60).ranks] == [-signal.SIGTERM, -signal.SIGTERM]
 
 
@@ -499,8 +558,8 @@ CRASH = """
 
 def log_of(agent: Agent, rank: int) -> str:
     """The file of a rank's lines in the last round, on the node."""
-    (index,) = {max(int(path.name[6:]) for path in agent.folder.glob("kfpytorch_ray-*/logs/round-*"))}
-    (path,) = agent.folder.glob(f"kfpytorch_ray-*/logs/round-{index}/rank-{rank}.log*")
+    (index,) = {max(int(path.name[6:]) for path in agent.folder.glob("kfpytorch_ray-*/launch-*/logs/round-*"))}
+    (path,) = agent.folder.glob(f"kfpytorch_ray-*/launch-*/logs/round-{index}/rank-{rank}.log*")
     return path.read_text()
 
 

@@ -110,7 +110,7 @@ def test_a_rank_that_never_started_ended_now() -> None:
 
 
 def test_the_last_lines_are_kept_without_the_traceback(tmp_path: Path) -> None:
-    """Of both streams, 20 at most; the record has the traceback already. Success needs none."""
+    """Of both streams, 20 at most; the record has the traceback already. Those of a success are shown, too."""
     stdout, stderr = tmp_path / "out", tmp_path / "err"
     stdout.write_text("".join(f"line {number}\n" for number in range(50)))
     stderr.write_text("oh\n\nTraceback: no\n")
@@ -119,5 +119,5 @@ def test_the_last_lines_are_kept_without_the_traceback(tmp_path: Path) -> None:
     assert len(tail) == LOG_TAIL_LINES
     assert tail[-3:] == ("line 49", "oh", "")
     assert record(replace(given, failure=None)).log_tail[-1] == "Traceback: no"
-    assert record(replace(given, failure=None, ended=Ended(0, 1020.0))).log_tail == ()
+    assert record(replace(given, failure=None, ended=Ended(0, 1020.0))).log_tail[-1] == "Traceback: no"
     assert record(replace(given, stdout=str(tmp_path / "none"))).log_tail == ("oh", "")

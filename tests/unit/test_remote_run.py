@@ -5,21 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
 import pytest
+import sample_reports
 from fsspec.implementations.memory import MemoryFileSystem
 
-from kfpytorch_ray import ElasticWorkerResult, RayBackend, ResultCollectedError, StorageError
+from kfpytorch_ray import (
+    ElasticWorkerResult,
+    LaunchError,
+    NodeLostError,
+    RayBackend,
+    ResultCollectedError,
+    StorageError,
+)
 from kfpytorch_ray.cluster.pickling import dump_result_parts
 from kfpytorch_ray.cluster.remote import patience
 from kfpytorch_ray.cluster.remote.handle import RemoteRun
 from kfpytorch_ray.cluster.remote.job import JobState
-from kfpytorch_ray.cluster.remote.outcome import Record, result_name, write_outcome
+from kfpytorch_ray.cluster.remote.outcome import NOTHING, Record, result_name, write_failure, write_outcome
 from kfpytorch_ray.cluster.remote.received import Received
 from kfpytorch_ray.cluster.spool import map_spooled, spool
+from kfpytorch_ray.report.data import Activity
+from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import COLLECTED, DRIVER_LOG, MANIFEST, OUTCOME, OUTCOME_RECORD, Manifest
 from kfpytorch_ray.storage import Storage
@@ -139,6 +150,34 @@ def test_a_link_that_does_not_come_back(folder: Storage, failing: list[str], nam
         opened(folder, 0.05).result()[0]
     failing.clear()
     assert opened(folder).result()[0].return_value == 42
+
+
+def test_the_report_comes_home(folder: Storage) -> None:
+    """With the result, with the error, and of a run without a driver what follows from its rounds."""
+    told = sample_reports.success()
+    write_outcome(folder, RunStatus.SUCCEEDED, Record((), report=told), ((NOTHING.sha256, NOTHING.size_bytes),))
+    assert opened(folder).result(keep=True).report == told
+    # The driver's word begins with the driver.
+    later = replace(told, started_at=time.time() + 60)
+    write_outcome(folder, RunStatus.SUCCEEDED, Record((), report=later), ((NOTHING.sha256, NOTHING.size_bytes),))
+    report = opened(folder).result(keep=True).report
+    assert report is not None
+    assert (report.phases[0].activity, report.phases[0].ended_at) == (Activity.SUBMITTING, later.started_at)
+    assert report.started_at == report.phases[0].started_at < later.started_at
+    error = NodeLostError("What.", 12.5)
+    error.report = sample_reports.failure()
+    write_failure(folder, error)
+    with pytest.raises(NodeLostError) as caught:
+        opened(folder).result(keep=True)
+    assert caught.value.report == sample_reports.failure()
+    rank = RankRecord(0, 0, 0, "pod-0", Outcome.EXITED, 3, 5.0)
+    record = RoundRecord(0, 1, ("pod-0",), 1.0, 6.0, (rank,), Ending.FAILED)
+    write_failure(folder, LaunchError("What.", 5.0, (record,)))
+    with pytest.raises(LaunchError) as caught_of_pods:
+        opened(folder).result(keep=True)
+    report = caught_of_pods.value.report
+    assert report is not None
+    assert (report.name, report.backend, report.rounds[0].cause) == ("train", "ray", 0)
 
 
 def test_what_no_wait_mends_is_told_at_once(folder: Storage) -> None:

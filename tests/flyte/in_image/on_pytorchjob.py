@@ -20,7 +20,7 @@ def report(base: int) -> dict[str, str]:
     return training.report(base)
 
 
-@task(**on_two_pods())
+@task(**on_two_pods(enable_deck=True))
 def fail(message: str, rank: str, told: str) -> int:
     return training.fail(message, rank, told)
 

@@ -23,7 +23,7 @@ def report(base: int) -> dict[str, str]:
     return training.report(base)
 
 
-@task(**on_two_nodes())
+@task(**on_two_nodes(enable_deck=True))
 def fail(message: str) -> int:
     return training.fail(message)
 

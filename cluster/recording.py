@@ -1,0 +1,274 @@
+"""What happens in a launch, written down as it happens: the driver's part of a report.
+
+The machinery tells, and is never asked or held up by it. Samples come from the thread that takes the pulse, everything
+else from the driver's own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from kfpytorch_ray.cluster.causes import failures, root_cause
+from kfpytorch_ray.cluster.limits import Budgets, Spent
+from kfpytorch_ray.cluster.protocol import NodeReport
+from kfpytorch_ray.cluster.sampling import RankSample, installed_versions
+from kfpytorch_ray.report.data import (
+    Activity,
+    Budget,
+    Failure,
+    Metric,
+    NodeFacts,
+    Phase,
+    RankDeck,
+    RankSamples,
+    ReportedNode,
+    ReportedRank,
+    ReportedRound,
+    RunReport,
+    Sample,
+)
+from kfpytorch_ray.results import RankRecord, RoundRecord
+
+MOST_SAMPLES = 160
+"""Of one rank in all rounds; beyond that, two neighbours become one."""
+
+
+class Recorder:
+    """Writes down one launch.
+
+    Args:
+        name: Of the task or function.
+        run_id: Of the launch.
+        backend: That runs it.
+        budgets: What it may spend.
+    """
+
+    def __init__(self, name: str, run_id: str, backend: str, budgets: Budgets) -> None:
+        self._plain = RunReport(name, run_id, backend, time.time(), 0.0)
+        self._budgets = budgets
+        self._phases: list[Phase] = []
+        self._phase: tuple[Activity, float] | None = (Activity.JOINING, self._plain.started_at)
+        self._nodes: dict[int, ReportedNode] = {}
+        self._rounds: list[ReportedRound] = []
+        self._decks: tuple[RankDeck, ...] = ()
+        self._samples: dict[int, list[Sample]] = defaultdict(list)
+        self._sampling = threading.Lock()
+        self.spent = Spent()
+        """What the launch has spent so far."""
+
+    def enter(self, activity: Activity | None) -> None:
+        """Something else begins now; None for a round, which tells of itself when it has ended."""
+        now = time.time()
+        if self._phase is not None:
+            if self._phase[0] is activity:
+                return
+            self._phases.append(Phase(self._phase[0], self._phase[1], now))
+        self._phase = None if activity is None else (activity, now)
+
+    def agent_started(self, number: int, address: str, resources: Mapping[str, float]) -> None:
+        """An agent was started where a node is reserved."""
+        if self._phase is not None and self._phase[0] is Activity.PLACING:
+            self.enter(Activity.AGENTS)
+        reserved = tuple((name, float(amount)) for name, amount in sorted(resources.items()))
+        self._nodes[number] = ReportedNode(number, address, time.time(), resources=reserved)
+
+    def agent_ready(self, number: int, facts: NodeFacts | None) -> None:
+        """It can take part, and has said what its node is."""
+        self._nodes[number] = replace(self._nodes[number], ready_at=time.time(), facts=facts)
+
+    def agent_gone(self, number: int, reason: str = "") -> None:
+        """It takes part in nothing any more; ``reason`` if it was lost."""
+        node = self._nodes[number]
+        if node.ended_at is None or reason:
+            self._nodes[number] = replace(node, ended_at=time.time(), lost_because=reason)
+
+    def sampled(self, samples: Iterable[RankSample]) -> None:
+        """What ranks used."""
+        with self._sampling:
+            for rank, sample in samples:
+                kept = self._samples[rank]
+                kept.append(sample)
+                if len(kept) > 2 * MOST_SAMPLES:
+                    kept[:] = _halved(kept)
+
+    def round_ended(self, record: RoundRecord, agents: Sequence[int], reports: Iterable[NodeReport]) -> None:
+        """A round is over.
+
+        Args:
+            record: What became of it.
+            agents: Its agents, by node rank.
+            reports: What they have said.
+        """
+        said = list(reports)
+        self.sampled(sample for report in said for sample in report.samples)
+        decks = [deck for report in said for deck in report.decks]
+        self._decks = tuple(sorted(decks, key=lambda deck: deck.rank))
+        self._rounds.append(reported_round(record, agents))
+        self.enter(Activity.WAITING)
+
+    def decided(self, after: Spent, refused: str = "") -> None:
+        """What follows from the last round was decided.
+
+        Args:
+            after: What the launch has spent by then.
+            refused: Why there is no other round; empty where there is one, or the launch has succeeded.
+        """
+        restarts = after.restarts - self.spent.restarts
+        lost = after.node_failures - self.spent.node_failures
+        paid = []
+        if restarts:
+            paid.append(f"max_restarts: {after.restarts} of {self._budgets.max_restarts}")
+        if lost:
+            paid.append(f"max_node_failures: {after.node_failures} of {self._budgets.max_node_failures}")
+        if refused:
+            paid.append(f"not tried again: {refused}")
+        self.spent = after
+        self._rounds[-1] = replace(self._rounds[-1], paid="; ".join(paid))
+
+    def logs_kept(self, rounds: Sequence[RoundRecord]) -> None:
+        """What ranks printed was kept where these records of the same rounds say."""
+        for index, (told, record) in enumerate(zip(self._rounds, rounds, strict=False)):
+            ranks = tuple(replace(one, logs=rank.logs) for one, rank in zip(told.ranks, record.ranks, strict=True))
+            self._rounds[index] = replace(told, ranks=ranks)
+
+    def report(self, error: Exception | None = None) -> RunReport:
+        """What has happened so far; ``error`` is why the launch failed."""
+        self.enter(None)
+        with self._sampling:
+            samples = tuple(
+                RankSamples(rank, tuple(sorted(kept, key=lambda sample: sample.at)))
+                for rank, kept in sorted(self._samples.items())
+            )
+        return replace(
+            self._plain,
+            ended_at=time.time(),
+            nodes=tuple(node for _, node in sorted(self._nodes.items())),
+            phases=tuple(self._phases),
+            rounds=tuple(self._rounds),
+            samples=samples,
+            budgets=(
+                Budget("max_restarts", self.spent.restarts, self._budgets.max_restarts),
+                Budget("max_node_failures", self.spent.node_failures, self._budgets.max_node_failures),
+            ),
+            failure=None if error is None else failure_of(error),
+            versions=installed_versions(),
+            decks=self._decks,
+        )
+
+
+def failure_of(error: Exception) -> Failure:
+    """An error as the report has it."""
+    return Failure(type(error).__name__, str(error), bool(getattr(error, "retryable", False)))
+
+
+def reported_round(record: RoundRecord, agents: Sequence[int]) -> ReportedRound:
+    """A round as the report has it.
+
+    Args:
+        record: What became of it.
+        agents: Numbers of its agents, by node rank.
+    """
+    cause = root_cause(record).rank if failures(record) else None
+    return ReportedRound(
+        index=record.index,
+        started_at=record.started_at,
+        ended_at=record.ended_at,
+        ending=record.ending.value,
+        succeeded=record.succeeded,
+        nodes=tuple(agents),
+        ranks=tuple(_reported_rank(rank, agents[rank.node_rank]) for rank in record.ranks),
+        cause=cause,
+        metrics=metrics_of(record.metrics),
+    )
+
+
+class Told(Protocol):
+    """What rank 0 told by one call of ``progress()``."""
+
+    @property
+    def step(self) -> int:
+        """As the function counts it."""
+        ...
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """Metrics by name."""
+        ...
+
+
+def metrics_of(points: Iterable[Told]) -> tuple[Metric, ...]:
+    """Rank 0's metrics in one round, in the order in which they were first told; a call need not tell all of them."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        for name, value in point.values.items():
+            curves.setdefault(name, []).append((point.step, value))
+    return tuple(Metric(name, 0, tuple(curve)) for name, curve in curves.items())
+
+
+def report_of_rounds(
+    name: str, run_id: str, backend: str, rounds: Sequence[RoundRecord], error: Exception | None
+) -> RunReport | None:
+    """A report of what is known where no driver saw the run: its rounds. None without any."""
+    if not rounds:
+        return None
+    addresses = list(dict.fromkeys(node for record in rounds for node in record.nodes))
+    began, ended = rounds[0].started_at, rounds[-1].ended_at
+    return RunReport(
+        name,
+        run_id,
+        backend,
+        began,
+        ended,
+        nodes=tuple(ReportedNode(number, address, began, began) for number, address in enumerate(addresses)),
+        rounds=tuple(reported_round(record, [addresses.index(node) for node in record.nodes]) for record in rounds),
+        failure=None if error is None else failure_of(error),
+    )
+
+
+def _reported_rank(rank: RankRecord, agent: int) -> ReportedRank:
+    return ReportedRank(
+        rank=rank.rank,
+        local_rank=rank.local_rank,
+        node=agent,
+        outcome=rank.outcome.value,
+        ended_at=rank.timestamp if rank.ended_at is None else rank.ended_at,
+        started_at=rank.started_at,
+        called_at=rank.called_at,
+        exit_code=rank.exit_code,
+        message=rank.message,
+        traceback=rank.traceback,
+        log_tail=rank.log_tail,
+        stacks=rank.stacks,
+        step=rank.step,
+        logs=rank.logs,
+    )
+
+
+def _halved(samples: Sequence[Sample]) -> list[Sample]:
+    """Every two samples of a round as one: their mean, but the larger memory."""
+    halved: list[Sample] = []
+    left: Sample | None = None
+    for sample in samples:
+        if left is None or left.round_index != sample.round_index:
+            if left is not None:
+                halved.append(left)
+            left = sample
+            continue
+        halved.append(
+            sample._replace(
+                cpu_percent=round((left.cpu_percent + sample.cpu_percent) / 2, 1),
+                memory_bytes=max(left.memory_bytes, sample.memory_bytes),
+                gpu_percent=_merged(left.gpu_percent, sample.gpu_percent),
+            )
+        )
+        left = None
+    return halved if left is None else [*halved, left]
+
+
+def _merged(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else (one + other) / 2
