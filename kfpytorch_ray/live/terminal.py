@@ -94,7 +94,8 @@ class Terminal:
         return Group(*lines)
 
     def _headline(self, status: Status) -> Table:
-        words = [f"[bold]{_plain(status.name)}[/]", status.headline()]
+        # The id is what other commands ask for.
+        words = [f"[bold]{_plain(status.name)}[/] [dim]{_plain(status.run_id)}[/]", status.headline()]
         if status.phase is Phase.RUNNING:
             words += [f"running for {clock(time.monotonic() - status.began)}", status.ranks()]
         elif status.phase is Phase.PLACING and status.why:

@@ -146,7 +146,7 @@ def test_a_launch_in_a_terminal() -> None:
         assert len(screen.shows("starting on 2 nodes")) == 1
         screen.go_on()
         (line,) = screen.shows("3/4 ranks")
-        assert "train · round 2/4 · running for 00:0" in line
+        assert "train launch-1a2b · round 2/4 · running for 00:0" in line
         screen.go_on()
         lines = screen.shows("of a library", "step 100/200")
         assert "round 1/4" in lines[-2]
@@ -191,7 +191,7 @@ def test_two_launches_share_a_terminal() -> None:
         "    two.round(0, 1, 1, 1)\n    wait()\nwait()\n"
     )
     with terminal(script) as screen:
-        lines = screen.shows("first · round 1/1", "second (b): round 1/1, 1 ranks on 1 node")
+        lines = screen.shows("first a · round 1/1", "second (b): round 1/1, 1 ranks on 1 node")
         assert "first" in lines[-1]
         screen.go_on()
         assert [line.split(" after")[0] for line in screen.shows("first (a): succeeded")[-2:]] == [
