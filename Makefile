@@ -14,6 +14,7 @@ TEST_PROCESSES ?= 2
 CHAOS_PROCESSES ?= 2
 KUBE ?= $(abspath ../shared/kube)
 CHAOS_RUNS ?= 20
+BENCH_RUNS ?= 5
 CHAOS = $(BIN)/pytest tests/chaos -n $(CHAOS_PROCESSES) --dist worksteal
 
 # Only what is said on the command line: a shell's KUBECONFIG may lead to a cluster that nobody wants tests in. Theirs
@@ -29,7 +30,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-flyte test-kubernetes chaos check format clean
+.PHONY: help demo test test-flyte test-kubernetes bench chaos check format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -46,6 +47,10 @@ test-flyte: $(INSTALLED) ## Run the commands that Flyte would run, on a real Ray
 
 test-kubernetes: $(INSTALLED) ## Run the tests that need a Kubernetes cluster: one of their own by the scripts in KUBE, or KUBECONFIG=FILE
 	$(KUBERNETES) $(BIN)/pytest tests/kubernetes $(KUBERNETES_PROCESSES) --durations 15
+
+bench: $(INSTALLED) ## Measure beside the peers, each figure BENCH_RUNS times (5); QUICK=1 once, in a few minutes
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	$(BIN)/python -m benchmarks --runs $(if $(QUICK),1,$(BENCH_RUNS)) --json benchmarks.json
 
 chaos: $(INSTALLED) ## Break every row of the failure table CHAOS_RUNS times (20) and count hangs and leftovers
 	$(CHAOS) --chaos-runs $(CHAOS_RUNS)

@@ -113,7 +113,7 @@ class KubeflowAdapter:
 
     def kubernetes_lost(self, config: JobConfig, arguments: TaskArguments) -> tuple[str, ...]:
         """Every field that does not arrive where this process creates the PyTorchJob, and why."""
-        return kubeflow_findings.lost_without_flyte(self._options, arguments)
+        return kubeflow_findings.lost_without_flyte(config, self._options, arguments)
 
     def build(self, plan: LaunchPlan) -> LaunchConfig:
         """The configuration of torch elastic's launcher; the operator names the rendezvous in PET_RDZV_ENDPOINT.
@@ -206,6 +206,8 @@ class KubeflowAdapter:
         options = self._options
         if options.image is None:
             raise ConfigError("KubeflowBackend", (NEEDS_IMAGE,))
+        if problems := kubeflow_findings.template_problems(plan.arguments.pod_template):
+            raise ConfigError("KubeflowBackend", problems)
         storage = storage_of(options.storage)
         namespace = namespace_of(options)
         run = manifest_of(plan, options.name, options, storage.uri, address_of(namespace.name, options))

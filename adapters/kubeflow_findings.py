@@ -10,12 +10,16 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from flytekit import PodTemplate
+
 from kfpytorch_ray.adapters.job_message import is_plain_pod
 from kfpytorch_ray.adapters.kubernetes_findings import kubernetes_option_problems, left_to_flyte
 from kfpytorch_ray.adapters.ray_findings import call_option_problems, stored_option_problems
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic
+from kfpytorch_ray.cluster.kube.kinds import PYTORCH_CONTAINER
 from kfpytorch_ray.config import KubeflowBackend, KubernetesOptions
+from kfpytorch_ray.pod_template import primary_container
 from kfpytorch_ray.task_arguments import TaskArguments
 
 _OPTIONS = tuple(sorted(field.name for field in fields(KubernetesOptions)))
@@ -60,9 +64,38 @@ def lost(config: JobConfig, options: KubeflowBackend, arguments: TaskArguments) 
     return tuple(found)
 
 
-def lost_without_flyte(options: KubeflowBackend, arguments: TaskArguments) -> tuple[str, ...]:
+def lost_without_flyte(config: JobConfig, options: KubeflowBackend, arguments: TaskArguments) -> tuple[str, ...]:
     """Every field that does not arrive, or means something else, in a PyTorchJob that this process creates."""
-    return tuple(left_to_flyte(options, arguments, "PyTorchJob", "@task(pod_template"))
+    found = []
+    if config.run_policy is None or config.run_policy.ttl_seconds_after_finished is None:
+        found.append(
+            f"run_policy.ttl_seconds_after_finished=None means retention_s={options.retention_s:g} s here, not for "
+            "ever: who launched it may be gone"
+        )
+    found += template_problems(arguments.pod_template)
+    return (*found, *left_to_flyte(options, arguments, "PyTorchJob", "@task(pod_template"))
+
+
+def template_problems(template: PodTemplate | None) -> tuple[str, ...]:
+    """What of a task's pod template cannot be in a PyTorchJob that this process creates; Flyte makes its own of it."""
+    if template is None:
+        return ()
+    problems = []
+    primary = template.primary_container_name
+    containers = (template.pod_spec and template.pod_spec.containers) or []
+    if primary != PYTORCH_CONTAINER and any(container.name == PYTORCH_CONTAINER for container in containers):
+        problems.append(
+            f"pod_template has a container {PYTORCH_CONTAINER!r} beside the primary one, {primary!r}: the training "
+            f"operator takes the one of that name for the task's; rename it, or make it the primary one"
+        )
+    if (own := primary_container(template)) is not None and own.resources:
+        problems.append(
+            "pod_template gives resources to the primary container, where the task's count: give them as "
+            "@task(requests=, limits=)"
+        )
+    if own is not None and (own.command or own.args):
+        problems.append("pod_template gives the primary container a command, which is ours: leave it out")
+    return tuple(problems)
 
 
 def _given(options: KubeflowBackend) -> list[str]:

@@ -44,6 +44,11 @@ OVERRIDES = (
 )
 """Cannot be seen in a task, so it is said of every one."""
 
+_NOT_IN_A_GROUP = (
+    "Flyte drops them from a group's own pod, and KubeRay runs Ray in the first container, whichever it is; so that a "
+    "task means the same with Flyte and without, give them by @task(pod_template=), behind the primary container"
+)
+
 
 def find(config: JobConfig, options: KubeRayBackend) -> Findings:
     """Fields of a config that cannot be honoured."""
@@ -178,11 +183,11 @@ def _overlay_problems(template: PodTemplate, container: str) -> list[str]:
     spec = template.pod_spec
     problems = []
     if spec is not None and spec.init_containers:
-        problems.append("Flyte drops init containers of a group's own pod; give @task(pod_template=)")
+        problems.append(f"has init containers: {_NOT_IN_A_GROUP}")
     if dropped := [c.name for c in (spec and spec.containers) or () if c.name != template.primary_container_name]:
         problems.append(
-            f"Flyte drops the containers {', '.join(dropped)} of a group's own pod and keeps {container} only, made of "
-            f"the primary container {template.primary_container_name!r}"
+            f"has the containers {', '.join(dropped)} beside {container}, which is made of the primary container "
+            f"{template.primary_container_name!r}: {_NOT_IN_A_GROUP}"
         )
     if (primary := primary_container(template)) is not None and primary.resources:
         problems.append(

@@ -16,7 +16,7 @@ from kfpytorch_ray.backends import JobConfig
 from kfpytorch_ray.checks import is_elastic, parse_nnodes, worker_count
 from kfpytorch_ray.cluster.kube.kinds import PYTORCH_CONTAINER
 from kfpytorch_ray.cluster.torch_elastic import RENDEZVOUS_BACKEND
-from kfpytorch_ray.config import CleanPodPolicy, KubeflowBackend, RestartPolicy
+from kfpytorch_ray.config import CleanPodPolicy, KubeflowBackend, RestartPolicy, RunPolicy
 from kfpytorch_ray.pod_template import MOUNT_PATH, VOLUME_NAME
 from kfpytorch_ray.task_arguments import TaskArguments
 
@@ -39,7 +39,7 @@ def pytorch_job(
         name: Of the PyTorchJob; its pods are called ``<name>-worker-0`` and so on.
         command: Of every pod.
     """
-    spec: Manifest = {"runPolicy": _run_policy(config.run_policy)}
+    spec: Manifest = {"runPolicy": _run_policy(config.run_policy, options)}
     if is_elastic(config):
         low, high = parse_nnodes(config.nnodes)  # type: ignore[union-attr]
         workers: int = config.nproc_per_node  # type: ignore[union-attr]
@@ -110,19 +110,15 @@ def _pod(
     )
 
 
-def _run_policy(policy: Any) -> Manifest:
-    """Pods of an ended job stay by default: their logs are read until the result is taken."""
-    if policy is None:
-        return {"cleanPodPolicy": "None", "activeDeadlineSeconds": DEFAULT_DEADLINE_S}
+def _run_policy(policy: Any, options: KubeflowBackend) -> Manifest:
+    """Pods of an ended job stay by default, as their logs are read until the result is taken: by whom may be gone."""
+    policy = RunPolicy() if policy is None else policy
+    deadline_s, ttl_s = policy.active_deadline_seconds, policy.ttl_seconds_after_finished
     clean = policy.clean_pod_policy
-    numbers = {
-        "activeDeadlineSeconds": DEFAULT_DEADLINE_S
-        if policy.active_deadline_seconds is None
-        else policy.active_deadline_seconds,
-        "ttlSecondsAfterFinished": policy.ttl_seconds_after_finished,
-        "backoffLimit": policy.backoff_limit,
-    }
+    limit = {} if policy.backoff_limit is None else {"backoffLimit": policy.backoff_limit}
     return {
         "cleanPodPolicy": "None" if clean is None else _CLEAN_POD_POLICIES[CleanPodPolicy(clean.value)],
-        **{name: number for name, number in numbers.items() if number is not None},
+        "activeDeadlineSeconds": DEFAULT_DEADLINE_S if deadline_s is None else deadline_s,
+        "ttlSecondsAfterFinished": math.ceil(options.retention_s) if ttl_s is None else ttl_s,
+        **limit,
     }

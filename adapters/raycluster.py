@@ -30,8 +30,10 @@ from kfpytorch_ray.runs import Manifest, run_folder, storage_of
 from kfpytorch_ray.task_arguments import TaskArguments
 
 if TYPE_CHECKING:
+    from kfpytorch_ray.cluster.remote.client import JobClient
     from kfpytorch_ray.cluster.remote.handle import RemoteRun
     from kfpytorch_ray.cluster.request import RayRequest
+    from kfpytorch_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +196,46 @@ class RayAdapter:
         return RemoteRun(
             manifest, folder, self._options, lambda: RayJob(client_of(self._options, address), manifest.run_id)
         )
+
+    def stacks(self, run: str, manifest: Manifest | None, rank: int | None) -> dict[int, str]:
+        """The stacks of a run's ranks, by rank.
+
+        Raises:
+            KfpytorchRayError: As ``kfpytorch_ray.inspection.stacks``.
+        """
+        require_package("ray", "ray", INSTALL)
+        if manifest is None:
+            from kfpytorch_ray.cluster.inspection import stacks_of
+
+            return stacks_of(run, rank, self._options.address)
+        from kfpytorch_ray.cluster.remote.looking import remote_stacks
+
+        return remote_stacks(*self._at(manifest), manifest.run_id, rank)
+
+    def flamegraph(self, run: str, manifest: Manifest | None, rank: int, duration_s: int) -> str:
+        """Where a rank spends its time, as an SVG.
+
+        Raises:
+            KfpytorchRayError: As ``kfpytorch_ray.inspection.flamegraph``.
+        """
+        require_package("ray", "ray", INSTALL)
+        if manifest is None:
+            from kfpytorch_ray.cluster.inspection import flamegraph_of
+
+            return flamegraph_of(run, rank, duration_s, self._options.address)
+        from kfpytorch_ray.cluster.remote.looking import remote_flamegraph
+
+        return remote_flamegraph(*self._at(manifest), manifest.run_id, rank, duration_s)
+
+    def _at(self, manifest: Manifest) -> tuple[JobClient, Storage, dict[str, Any]]:
+        """The cluster of a run, its folder, and the runtime environment of a job there."""
+        from kfpytorch_ray.cluster.remote.client import client_of
+        from kfpytorch_ray.cluster.runtime_env import driver_environment
+
+        folder = run_folder(storage_of(manifest.storage), manifest.run_id)
+        client = client_of(self._options, self._options.address or manifest.address)
+        runtime_env = {**(self._options.runtime_env or {}), "env_vars": driver_environment(self._options)}
+        return client, folder, runtime_env
 
     def examine(self, wait_s: float) -> Iterator[Finding]:
         """Look at the cluster that a launch would run on.

@@ -26,6 +26,7 @@ from kfpytorch_ray.cluster.environment import node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
 from kfpytorch_ray.cluster.log_archive import LogArchive
+from kfpytorch_ray.cluster.metrics_source import MetricsSource
 from kfpytorch_ray.cluster.output import LOGS, SPOOL
 from kfpytorch_ray.cluster.output_spool import Cursor, OutputChunk, OutputSource
 from kfpytorch_ray.cluster.protocol import (
@@ -45,7 +46,9 @@ from kfpytorch_ray.cluster.protocol import (
     SupervisorSetup,
 )
 from kfpytorch_ray.cluster.sampling import Sampler, find_gpus, node_facts
+from kfpytorch_ray.cluster.stacks import Hanging, find_py_spy, record_flamegraph, take_stacks
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.metric_page import METRICS_NAME, MetricPage
 from kfpytorch_ray.report.data import NodeFacts
 
 if TYPE_CHECKING:
@@ -105,6 +108,7 @@ class ElasticAgent:
         for folder in self._folders:
             os.mkdir(folder, 0o700)
         self._page = HeartbeatPage.create(self._folder / PAGE_NAME, setup.nproc_per_node)
+        self._metrics = MetricsSource(MetricPage.create(self._folder / METRICS_NAME))
         self._sampler = Sampler(self._page)
         self._facts: NodeFacts | None = None
         self._begin_output(setup)
@@ -170,6 +174,8 @@ class ElasticAgent:
         """Run one round to its end, by itself or by ``stop_round``."""
         self._drop_results()
         index = assignment.round_index
+        if assignment.node_rank == 0:
+            self._metrics.begin(index)
         with self._turning:
             self._round = index
         try:
@@ -181,7 +187,7 @@ class ElasticAgent:
             self._failing[index].set()
         self._results = dict(finished.results)
         report: NodeReport = finished.report
-        return replace(report, samples=self._sampler.take())
+        return replace(report, samples=self._sampler.take(), points=self._metrics.end())
 
     def wait_for_failure(self, launch_id: str, round_index: int) -> bool:
         """Return when a rank of this node fails in this round, or the round ends here; whether one failed.
@@ -230,8 +236,14 @@ class ElasticAgent:
         """
         self._extend_lease(self._answered_at + self._setup.silence_timeout_s)
         round_index = self._page.round_index
-        listening = round_index is not None and self._listening()
-        pulse = NodePulse(round_index, self._page.idle_s(), listening, self._sampler.take())
+        pulse = NodePulse(
+            round_index=round_index,
+            idle_s=self._page.idle_s(),
+            listening=round_index is not None and self._listening(),
+            alive=sum(beat.pid is not None and not beat.ended for beat in self._page.read()),
+            samples=self._sampler.take(),
+            points=self._metrics.next(),
+        )
         self._answered_at = _now()
         return pulse
 
@@ -268,6 +280,29 @@ class ElasticAgent:
     def remove_launch(self, launch_id: str) -> None:
         """Remove the files of a launch that is over."""
         shutil.rmtree(self._folder_of(launch_id), ignore_errors=True)
+
+    def stacks(self, rank: int | None) -> dict[int, str]:
+        """The stacks of workers that run here, by rank; of one rank, or with None of all.
+
+        Takes some 2 s, and 5 s more where py-spy is installed.
+        """
+        return take_stacks(self._processes(rank), find_py_spy())
+
+    def flamegraph(self, rank: int, duration_s: int) -> tuple[str, str] | None:
+        """Where a worker spends its time, as an SVG, and what was in the way; None where it is not here."""
+        found = self._processes(rank).get(rank)
+        if found is None:
+            return None
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            return record_flamegraph(found.pid, duration_s, Path(folder, "flamegraph.svg"), find_py_spy())
+
+    def _processes(self, rank: int | None) -> dict[int, Hanging]:
+        folder = self._folder_of(self._setup.launch_id) / f"round-{self._page.round_index}"
+        return {
+            beat.rank: Hanging(beat.pid, folder / f"stacks-{local_rank}")
+            for local_rank, beat in enumerate(self._page.read())
+            if beat.pid is not None and beat.rank is not None and not beat.ended and rank in (None, beat.rank)
+        }
 
     def read_output(self, cursor: Cursor, wait_s: float) -> OutputChunk:
         """Lines for the driver, as soon as there are some, or after ``wait_s``."""

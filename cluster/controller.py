@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from kfpytorch_ray.cluster.protocol import AgentSetup
 from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.rounds import Round
 from kfpytorch_ray.errors import LaunchError, NodeLostError, PlacementTimeoutError, explain
+from kfpytorch_ray.live.view import Live
 from kfpytorch_ray.report.data import Activity
 from kfpytorch_ray.results import RoundRecord
 
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 10.0
 """How often a launch that waits says why."""
+REASON_INTERVAL_S = 2.0
+"""How often it is looked up why."""
 _TICK_S = 1.0
 _START_TICK_S = 0.05
 _START_S = 10.0
@@ -46,19 +50,14 @@ class Controller:
         membership: Its agents.
         setup: What they were given.
         limits: What bounds it.
-        show: Takes whole lines for whoever waits, and whether they are of standard error.
+        live: Is told where it stands.
         recorder: Is told what happens.
     """
 
     def __init__(
-        self,
-        membership: Membership,
-        setup: AgentSetup,
-        limits: Limits,
-        show: Callable[[str, bool], None],
-        recorder: Recorder,
+        self, membership: Membership, setup: AgentSetup, limits: Limits, live: Live, recorder: Recorder
     ) -> None:
-        self._show = show
+        self._live = live
         self._recorder = recorder
         self._membership = membership
         self._setup = setup
@@ -144,6 +143,7 @@ class Controller:
         """Wait until enough agents are ready, and a while longer for others that are on their way."""
         began = time.monotonic()
         reported = began
+        looked, why = began, ""
         enough_since = math.inf
         limits = self._limits
         while True:
@@ -152,6 +152,9 @@ class Controller:
             now = time.monotonic()
             self._charge(self._take_losses())
             ready = len(self._membership.ready())
+            if now - looked >= REASON_INTERVAL_S:
+                why, looked = self._membership.waiting(), now
+            self._live.nodes(self._membership.placed(), limits.min_nodes, why)
             if ready >= limits.min_nodes:
                 enough_since = min(enough_since, now)
                 if ready >= limits.max_nodes or not self._membership.starting() or now - enough_since >= window_s:
@@ -197,12 +200,17 @@ class Controller:
     def _run_round(self, crew: Sequence[Member]) -> list[ray.ObjectRef[Any]] | None:
         index = len(self.rounds)
         running = Round(index, crew, self._spent.restarts, self._deadline, self._membership, self._setup, self._limits)
+        # Rounds that were not counted as restarts come on top.
+        rounds = 1 + self._limits.budgets.max_restarts + index - self._spent.restarts
+        self._live.round(index, rounds, len(crew), len(crew) * self._setup.nproc_per_node)
         self._recorder.enter(None)
         record, refs = running.run()
+        self._live.told(running.points)
+        record = replace(record, metrics=self._live.metrics.of_round(index))
         self.rounds = (*self.rounds, record)
         self._recorder.round_ended(record, [member.number for member in crew], running.said)
         if lines := last_lines(record, partial(shows, self._setup.logs)):
-            self._show(lines, True)
+            self._live.show(lines, True)
         return refs
 
     def _say_why(self, spent: Spent) -> None:

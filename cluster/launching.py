@@ -27,7 +27,7 @@ from kfpytorch_ray.cluster.streaming import output_shown
 from kfpytorch_ray.cluster.warm import crew_for, make_room
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import KfpytorchRayError, LaunchError
-from kfpytorch_ray.notices import show
+from kfpytorch_ray.live.choice import live
 from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.results import RoundRecord
 
@@ -82,12 +82,13 @@ def run_request(request: RayRequest, options: RayBackend, *, home: bool = True, 
 def _run(
     request: RayRequest, options: RayBackend, home: bool, recorder: Recorder
 ) -> tuple[Sequence[Any], tuple[RoundRecord, ...]]:
-    demand = request.demand
+    demand, launch = request.demand, request.setup
     make_room(demand)
     with (
+        live(launch.name, launch.known_as or launch.run_id) as shown,
         connected(options, demand.total(demand.max_nodes)) as private,
         interruptible(),
-        output_shown(show) as output,
+        output_shown(shown.show) as output,
         crew_for(
             demand,
             setup := replace(_joined(request, private, home), launch_id=secrets.token_hex(8)),
@@ -95,8 +96,8 @@ def _run(
             private=private,
         ) as membership,
     ):
-        membership.begin(setup, request.payload, output, recorder)
-        controller = Controller(membership, setup, request.limits, show, recorder)
+        membership.begin(setup, request.payload, output, recorder, shown)
+        controller = Controller(membership, setup, request.limits, shown, recorder)
         refs = controller.run()
     return refs, with_logs(controller.rounds, setup.log_archive)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -21,6 +22,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kfpytorch_ray.cluster.agent import ElasticAgent
+from kfpytorch_ray.cluster.answers import Answers
+from kfpytorch_ray.cluster.inspection import NAMESPACE, AgentName
 from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
@@ -29,13 +32,14 @@ from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
 from kfpytorch_ray.errors import LaunchError, explain
+from kfpytorch_ray.live.view import Live
 from kfpytorch_ray.report.data import Activity
 
 logger = logging.getLogger(__name__)
 
-_AGENT_THREADS = 8
+_AGENT_THREADS = 12
 """Calls that an agent answers at once: the round, the waits for its failure and for lines, and beside them pulse, stop,
-shutdown."""
+shutdown, and looks at its ranks."""
 _END_WAIT_S = 30.0
 """Longest wait for an agent to stop its workers and remove its files, beyond the grace."""
 _LOOK_S = 1.0
@@ -53,8 +57,7 @@ class Member:
         slot: Where it runs.
         address: The address that Ray knows for its node.
         handle: The actor.
-        started: Becomes ready when the agent has loaded everything.
-        ready: Whether it has.
+        ready: Whether it has loaded everything.
         rested: Whether it has served a launch before this one.
         lost_because: Why it is no member any more.
     """
@@ -63,7 +66,6 @@ class Member:
     slot: Slot
     address: str
     handle: Any
-    started: Any
     ready: bool = False
     rested: bool = False
     lost_because: str = ""
@@ -111,6 +113,7 @@ class Membership:
     _payload: Any
     _output: OutputStream
     _recorder: Recorder
+    _live: Live
     _pulse: Pulse
 
     def __init__(self, reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> None:
@@ -120,13 +123,16 @@ class Membership:
         self.settled = False
         """Whether agents have been ready together: then one that cannot start is its node's fault."""
         self._members: dict[int, Member] = {}
+        self._loading: dict[Any, Member] = {}
+        self._loaded = Answers()
         self._numbers = itertools.count()
+        self._launch = secrets.token_hex(4)
         self._notices = _Notices()
         self._losses: list[Loss] = []
         self._looked_at = float("-inf")
         self._begun = False
 
-    def begin(self, setup: AgentSetup, payload: bytes, output: OutputStream, recorder: Recorder) -> None:
+    def begin(self, setup: AgentSetup, payload: bytes, output: OutputStream, recorder: Recorder, live: Live) -> None:
         """Begin a launch; agents that are there are given it, others are started by ``refresh``.
 
         Args:
@@ -134,18 +140,20 @@ class Membership:
             payload: The pickled call.
             output: Prints what their ranks print.
             recorder: Is told who they are and what becomes of them.
+            live: Is told what they answer.
         """
         self._setup = setup
         self._payload = ray.put(payload)
         self._output = output
         self._recorder = recorder
         recorder.enter(Activity.PLACING)
-        self._pulse = Pulse(self._silence_timeout_s, lambda pulse: recorder.sampled(pulse.samples))
+        self._live = live
+        self._pulse = Pulse(self._silence_timeout_s, self._heard)
         self._begun = True
         self._losses = []
         for member in self._members.values():
             member.ready, member.rested = False, True
-            member.started = self._load(member.handle)
+            self._load(member)
             recorder.agent_started(member.number, member.address, member.slot.resources)
 
     def rest(self, keep_s: float) -> bool:
@@ -202,6 +210,14 @@ class Membership:
         """Ray's ids of the nodes that agents are on."""
         return {member.slot.node_id for member in self._members.values()}
 
+    def placed(self) -> int:
+        """How many agents there are, ready or on their way."""
+        return len(self._members)
+
+    def _heard(self, agent: int, pulse: NodePulse) -> None:
+        self._recorder.sampled(pulse.samples)
+        self._live.heard(agent, pulse.round_index, pulse.alive, pulse.points)
+
     def starting(self) -> bool:
         """Whether an agent is on its way."""
         return any(not member.ready for member in self._members.values())
@@ -243,11 +259,7 @@ class Membership:
 
     def wait(self, timeout_s: float) -> None:
         """Return when an agent has started or failed to, or after ``timeout_s``."""
-        starting = [member.started for member in self._members.values() if not member.ready]
-        if starting:
-            ray.wait(starting, timeout=timeout_s)
-        else:
-            time.sleep(timeout_s)
+        self._take_in(timeout_s)
 
     def take_losses(self) -> list[Loss]:
         """Losses since the last call."""
@@ -296,6 +308,7 @@ class Membership:
 
     def _start(self, slot: Slot, address: str) -> Member:
         amounts = dict(slot.resources)
+        number = next(self._numbers)
         actor: Any = ray.remote(ElasticAgent).options(
             num_cpus=amounts.pop("CPU", 0),
             num_gpus=amounts.pop("GPU", 0),
@@ -303,23 +316,27 @@ class Membership:
             resources=amounts,
             max_concurrency=_AGENT_THREADS,
             scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, slot.bundle),
+            # So that others can look inside its ranks.
+            name=str(AgentName(self._setup.known_as or self._setup.run_id, self._launch, number)),
+            namespace=NAMESPACE,
         )
         handle: Any = actor.remote(self._setup, address)
         handle.expect_load.remote()
-        number = next(self._numbers)
-        self._recorder.agent_started(number, address, slot.resources)
-        return Member(number, slot, address, handle, self._load(handle))
+        member = Member(number, slot, address, handle)
+        self._recorder.agent_started(member.number, address, slot.resources)
+        self._load(member)
+        return member
 
-    def _load(self, handle: Any) -> Any:
-        return handle.load.remote(self._setup, self._payload)
+    def _load(self, member: Member) -> None:
+        started = member.handle.load.remote(self._setup, self._payload)
+        self._loading[started] = member
+        self._loaded.expect(started)
 
-    def _take_in(self) -> None:
-        starting = {member.started: member for member in self._members.values() if not member.ready}
-        if not starting:
-            return
-        started, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0)
-        for ref in started:
-            member = starting[ref]
+    def _take_in(self, timeout_s: float = 0.0) -> None:
+        for ref in self._loaded.take(timeout_s):
+            member = self._loading.pop(ref)
+            if not self.has(member):
+                continue
             try:
                 facts = ray.get(ref)
             except SupervisorLostError:
@@ -360,6 +377,7 @@ class Membership:
     def _drop(self, member: Member, *, gone: bool) -> None:
         self._pulse.forget(member.number)
         self._output.give_up(member.number)
+        self._live.forget(member.number)
         del self._members[member.slot.index]
         self._recorder.agent_gone(member.number)
         self._reservation.lost(member.slot.index, gone=gone)

@@ -114,6 +114,7 @@ class ForkedWorkers(PContext):
                 self._note_end(rank, process.exitcode)
 
     def _note_end(self, rank: int, exit_code: int | None) -> None:
+        self._page.leave(rank)
         stopped = rank in self._stopping
         self.ended[rank] = Ended(
             exit_code,

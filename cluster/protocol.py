@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kfpytorch_ray.config import DEFAULT_MAX_LOG_BYTES
+from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.rank_decks import RANK_0
 from kfpytorch_ray.report.data import RankDeck, Sample
@@ -42,6 +43,7 @@ class AgentSetup:
         max_log_bytes: Largest file of one rank's lines in one round.
         log_archive: URI of the folder where these files are kept; empty: nowhere.
         decks: Whose decks come home: one of ``kfpytorch_ray.rank_decks.CHOICES``.
+        known_as: By which people know the run; empty: by ``run_id``.
     """
 
     name: str
@@ -64,6 +66,7 @@ class AgentSetup:
     max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
     log_archive: str = ""
     decks: str = RANK_0
+    known_as: str = ""
 
     def same_agent(self, other: AgentSetup) -> bool:
         """Whether the agents of one launch can serve the other.
@@ -105,13 +108,18 @@ class NodePulse:
         round_index: Of the round that runs; None between rounds.
         idle_s: Seconds since a worker of this agent last made progress, or since the round started here.
         listening: Whether a worker has asked ``stop_requested()`` in this round.
+        alive: Workers of this agent whose process runs.
         samples: What ranks used since the pulse before.
+        points: What rank 0 has told by ``progress()`` since the last answer that is known to have arrived, if it is
+            here; some may come twice.
     """
 
     round_index: int | None
     idle_s: float
     listening: bool
+    alive: int = 0
     samples: tuple[tuple[int, Sample], ...] = ()
+    points: tuple[MetricPoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +128,17 @@ class NodeReport:
 
     Attributes:
         node_rank: Of the agent.
-        ranks: By local rank.
+        ranks: By local rank, how they ended.
         decks: That they have left.
         samples: What they used, as far as no pulse has said it.
+        points: As in ``NodePulse``: the last ones of the round.
     """
 
     node_rank: int
     ranks: tuple[RankRecord, ...]
     decks: tuple[RankDeck, ...] = ()
     samples: tuple[tuple[int, Sample], ...] = ()
+    points: tuple[MetricPoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

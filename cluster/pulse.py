@@ -49,10 +49,10 @@ class Pulse:
 
     Args:
         silence_timeout_s: Seconds without an answer after which an agent counts as silent.
-        heard: Is given every answer, in the thread.
+        heard: Called with each answer, in this thread.
     """
 
-    def __init__(self, silence_timeout_s: float, heard: Callable[[NodePulse], None] = lambda _: None) -> None:
+    def __init__(self, silence_timeout_s: float, heard: Callable[[int, NodePulse], None]) -> None:
         self._heard = heard
         self._silence_timeout_s = silence_timeout_s
         self._interval_s = silence_timeout_s / _PULSES_PER_TIMEOUT
@@ -123,26 +123,27 @@ class Pulse:
 
     def _listen(self) -> None:
         with self._lock:
-            asked = {watched.asked: watched for watched in self._watched.values() if watched.asked is not None}
+            asked = {watched.asked: number for number, watched in self._watched.items() if watched.asked is not None}
+            found = dict(self._watched)
         if not asked:
             return
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=self._interval_s)
         for ref in answered:
-            watched = asked[ref]
+            watched = found[asked[ref]]
             error: RayError | None = None
             answer: NodePulse | None = None
             try:
                 answer = ray.get(ref)
             except RayError as caught:
                 error = caught
-            if answer is not None:
-                self._heard(answer)
             with self._lock:
                 watched.asked = None
                 watched.error = error
                 watched.latest = answer or watched.latest
                 if answer is not None:
                     watched.heard_at = time.monotonic()
+            if answer is not None:
+                self._heard(asked[ref], answer)
 
     def _stood_still(self, late_s: float) -> None:
         logger.warning("This process stood still for %.0f s; agents that gave it up meanwhile do not count.", late_s)

@@ -183,8 +183,7 @@ def reported_round(record: RoundRecord, agents: Sequence[int]) -> ReportedRound:
         nodes=tuple(agents),
         ranks=tuple(_reported_rank(rank, agents[rank.node_rank]) for rank in record.ranks),
         cause=cause,
-        # Records have them once progress() tells more than a step.
-        metrics=metrics_of(getattr(record, "metrics", ())),
+        metrics=metrics_of(record.metrics),
     )
 
 

@@ -16,16 +16,20 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from kfpytorch_ray.cluster.answers import Answers
 from kfpytorch_ray.cluster.causes import root_cause
 from kfpytorch_ray.cluster.limits import Limits
 from kfpytorch_ray.cluster.membership import Member, Membership
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodeReport, RoundAssignment, SupervisorLostError
 from kfpytorch_ray.errors import LaunchError, explain
+from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
+_WATCH_S = 0.1
+"""Shortest time between two looks at all agents: there may be a thousand, and a word from each."""
 _STOP_MARGIN_S = 30.0
 """How much longer than the grace an agent may take to stop its workers before it is given up."""
 _STORE_WAIT_S = 60.0
@@ -64,6 +68,8 @@ class Round:
         self._limits = limits
         self._started_at = time.time()
         self._began = time.monotonic()
+        self._answers = Answers()
+        self._watched_at = -math.inf
         # Node ranks whose workers still run, by the reference to their report; and answers that are still to come.
         self._pending: dict[Any, int] = {}
         self._failing: set[Any] = set()
@@ -73,6 +79,8 @@ class Round:
         self._reports: dict[int, NodeReport] = {}
         self.said: list[NodeReport] = []
         """What agents have said of their ranks so far, also of those whose node was lost later."""
+        self.points: tuple[MetricPoint, ...] = ()
+        """What rank 0 told last, once the round is over."""
         self._ending = Ending.SUCCEEDED
         self._stop_at = math.inf
         self._stopped_at: float | None = None
@@ -87,7 +95,9 @@ class Round:
         if self._begin():
             while self._pending:
                 self._wait()
-                self._watch()
+                if time.monotonic() - self._watched_at >= _WATCH_S:
+                    self._watch()
+                    self._watched_at = time.monotonic()
                 if self._stopped_at is None and time.monotonic() >= self._stop_at:
                     self._stop()
         refs = self._collect() if self._all_returned() else None
@@ -124,29 +134,30 @@ class Round:
                 master_address=first.address,
                 master_port=port,
             )
-            self._pending[member.handle.run_round.remote(assignment)] = node_rank
-            self._failing.add(member.handle.wait_for_failure.remote(self._setup.launch_id, self._index))
+            self._pending[self._expect(member.handle.run_round.remote(assignment))] = node_rank
+            self._failing.add(self._expect(member.handle.wait_for_failure.remote(self._setup.launch_id, self._index)))
         return True
 
     def _wait(self) -> None:
         """Take in what agents say, at once, or nothing after a while."""
         now = time.monotonic()
         timeout_s = _TICK_S if self._stopped_at is not None else max(0.0, min(_TICK_S, self._stop_at - now))
-        said = [*self._pending, *self._failing, *(self._asked or ())]
-        ready, _ = ray.wait(said, num_returns=1, timeout=timeout_s)
-        for ref in ready:
+        for ref in self._answers.take(timeout_s):
             if ref in self._pending:
                 self._take_report(ref)
             elif ref in self._failing:
                 self._failing.remove(ref)
                 if _says_yes(ref):
                     self._fail()
-            else:
-                assert self._asked is not None
+            elif self._asked is not None and ref in self._asked:
                 self._asked.remove(ref)
                 self._listening |= _says_yes(ref)
                 if not self._asked and not self._listening:
                     self._stop_at = 0.0
+
+    def _expect(self, ref: Any) -> Any:
+        self._answers.expect(ref)
+        return ref
 
     def _take_report(self, finished: Any) -> None:
         node_rank = self._pending.pop(finished)
@@ -158,6 +169,7 @@ class Round:
             return
         self._reports[node_rank] = report
         self.said.append(report)
+        self.points = report.points or self.points
         if {rank.outcome for rank in report.ranks} - {Outcome.SUCCEEDED, Outcome.STOPPED}:
             self._fail()
         elif self._asked is None and any(rank.outcome is Outcome.STOPPED for rank in report.ranks):
@@ -237,7 +249,9 @@ class Round:
         logger.info("%s: round %s ends because %s.", self._setup.name, self._index, ending.value)
         self._end(ending, time.monotonic() + grace_s)
         self._returned_unasked = frozenset(self._reports)
-        self._asked = {member.handle.request_stop.remote(self._setup.launch_id, self._index) for member in self._crew}
+        self._asked = {
+            self._expect(member.handle.request_stop.remote(self._setup.launch_id, self._index)) for member in self._crew
+        }
 
     def _stop(self) -> None:
         self._stopped_at = time.monotonic()
@@ -257,15 +271,17 @@ class Round:
         refs: list[ray.ObjectRef[Any]] = []
         for node_rank, member in enumerate(self._crew):
             done, *results = member.handle.collect.options(num_returns=nproc + 1).remote()
-            stored[done] = node_rank
+            stored[self._expect(done)] = node_rank
             refs += results
         while stored:
             # Owned by this process from now on: they outlive the agents. Only the word that it is done is fetched.
-            ready, _ = ray.wait(list(stored), num_returns=1, timeout=_TICK_S)
-            for ref in ready:
-                node_rank = stored.pop(ref)
-                if self._answer(self._crew[node_rank], ref) is None:
+            for ref in self._answers.take(_TICK_S):
+                # Of the round itself some may come late.
+                if ref in stored and self._answer(self._crew[node_rank := stored.pop(ref)], ref) is None:
                     self._reports[node_rank] = self._lost(node_rank)
+            if time.monotonic() - self._watched_at < _WATCH_S:
+                continue
+            self._watched_at = time.monotonic()
             self._membership.refresh()
             for ref, node_rank in [*stored.items()]:
                 if not self._membership.has(self._crew[node_rank]):

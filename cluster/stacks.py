@@ -7,6 +7,7 @@ A worker calls ``answer_with_stacks()`` before it runs anything of the user's; t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import logging
 import os
@@ -30,6 +31,10 @@ _ANSWER_WAIT_S = 2.0
 _SETTLED_S = 0.1
 _LOOK_S = 0.02
 _PY_SPY_WAIT_S = 5.0
+_RECORD_WAIT_S = 20.0
+"""For py-spy to begin and to draw."""
+_PR_SET_PTRACER = 0x59616D61
+"""Of linux/prctl.h. Without Yama it does nothing."""
 _MOST_BYTES = 64 * 1024
 """Of one rank's answer by one way: the records of all ranks travel to the driver."""
 
@@ -80,6 +85,39 @@ def take_stacks(
         )
         for rank, process in hanging.items()
     }
+
+
+def record_flamegraph(pid: int, duration_s: int, path: Path, py_spy: str | None) -> tuple[str, str]:
+    """Where a process spends its time, as an SVG by py-spy; and why there is none.
+
+    Args:
+        pid: The process.
+        duration_s: Seconds for which it is watched.
+        path: Of a file that is made and read.
+        py_spy: The program; None where there is none.
+    """
+    if py_spy is None:
+        return "", "py-spy is not installed on its node."
+    command = [py_spy, "record", "--pid", str(pid), "--duration", str(duration_s), "--output", str(path)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=duration_s + _RECORD_WAIT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", f"py-spy: {error}"
+    if done.returncode != 0 or not path.exists():
+        return "", f"py-spy: {_bounded(done.stderr or done.stdout).strip()}"
+    return path.read_text(errors="replace"), ""
+
+
+def let_look(pid: int) -> None:
+    """Let a process and its children look at this one, where the kernel (Yama) lets only a process's own parents."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
 
 
 def find_py_spy() -> str | None:

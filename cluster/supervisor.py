@@ -44,6 +44,7 @@ from kfpytorch_ray.cluster.records import Traces, record_of
 from kfpytorch_ray.cluster.worker_failure import read_failure
 from kfpytorch_ray.flyte_worker import CALLED_MARKER, marked_at
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, PAGE_VARIABLE, Beat, HeartbeatPage
+from kfpytorch_ray.metric_page import METRICS_NAME, MetricPage
 
 _STRAYS_WAIT_S = 5.0
 _OUTPUT_WAIT_S = 5.0
@@ -82,6 +83,7 @@ class _Supervisor:
         self.given = given
         self.page_path = Path(given.folder, PAGE_NAME)
         self.page = HeartbeatPage.open(self.page_path)
+        self.metrics = MetricPage.open(self.page_path.with_name(METRICS_NAME))
         self.launch: _Launch | None = None
 
     def answer(self, request: BeginLaunch | EndLaunch | OpenStore | RoundAssignment) -> Any:
@@ -147,6 +149,7 @@ class _Supervisor:
             ),
         )
         started_at = time.time()
+        self.metrics.start_round(assignment.round_index)
         self.page.start_round(assignment.round_index)
         try:
             # The store stays open: other nodes may still train when this one's workers have returned.

@@ -26,9 +26,10 @@ from kfpytorch_ray.cluster.forkserver import die_with_server, leave_fork_server
 from kfpytorch_ray.cluster.pickling import dump_result_parts
 from kfpytorch_ray.cluster.protocol import WorkerSpec
 from kfpytorch_ray.cluster.spool import spool
-from kfpytorch_ray.cluster.stacks import answer_with_stacks
+from kfpytorch_ray.cluster.stacks import answer_with_stacks, let_look
 from kfpytorch_ray.cluster.worker_failure import failures_written, format_traceback
 from kfpytorch_ray.flyte_files import upload_files
+from kfpytorch_ray.heartbeat import MARK_VARIABLE
 from kfpytorch_ray.payload import load_payload
 from kfpytorch_ray.results import Stage
 
@@ -44,6 +45,8 @@ def main(spec: WorkerSpec) -> None:
     """
     _separate_from_parent()
     answer_with_stacks(spec.stacks)
+    # The agent, under which py-spy is started.
+    let_look(int(spec.environment[MARK_VARIABLE].split(os.pathsep)[0]))
     _redirect_output(spec)
     os.environ.clear()
     os.environ.update(spec.environment)

@@ -53,6 +53,7 @@ from kfpytorch_ray.errors import (
 )
 from kfpytorch_ray.flyte_worker import spawn_helper
 from kfpytorch_ray.heartbeat import progress, stop_requested
+from kfpytorch_ray.inspection import flamegraph, stacks
 from kfpytorch_ray.launch import launch
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 from kfpytorch_ray.routing import route_upstream
@@ -106,9 +107,11 @@ __all__ = [
     "WorkerHungError",
     "WorkingDirError",
     "attach",
+    "flamegraph",
     "launch",
     "progress",
     "route_upstream",
     "spawn_helper",
+    "stacks",
     "stop_requested",
 ]

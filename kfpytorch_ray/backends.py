@@ -177,6 +177,9 @@ def _configured() -> str | None:
 
 
 def _known(choice: BackendChoice, source: str) -> BackendChoice:
+    # Looking through all packages for others takes longer than the rest of a warm launch.
+    if choice.name in _ADAPTERS:
+        return choice
     known = known_backends()
     if choice.name not in known:
         raise BackendUnavailableError(

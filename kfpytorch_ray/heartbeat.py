@@ -12,18 +12,22 @@ whether they listen and were told; the agent's side writes the rest, and clears 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import mmap
 import operator
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from kfpytorch_ray.metric_page import MetricPage
 
 logger = logging.getLogger(__name__)
 
@@ -43,37 +47,60 @@ _SEAL = int.from_bytes(b"KFPRAY\x00\x01", "big")
 # Fields of the page. A round is stored as its index + 1, so that 0 is none.
 _PAGE_SEAL, _PAGE_RANKS, _PAGE_ROUND, _PAGE_STARTED_AT, _PAGE_STOP, _PAGE_LEASE = range(6)
 # Fields of a local rank. A rank is stored as rank + 1, so that 0 is none.
-_PID, _RANK, _STEP, _PROGRESSED_AT, _LISTENS, _TOLD = range(6)
+_PID, _RANK, _STEP, _PROGRESSED_AT, _LISTENS, _TOLD, _ENDED = range(7)
 
 _NO_STEP = -(2**63)
 _MOST_STEPS = 2**63 - 1
 
 
-def progress(step: int) -> None:
-    """Tell that training goes on: ``RayBackend(hang_timeout_s=...)`` counts from the last call by any rank.
+def progress(step: int, *, total: int | None = None, **metrics: float) -> None:
+    """Tell that training goes on, how far it is and how well it does.
 
-    Call it in every step, or as often as you like: it costs less than a microsecond and talks to nobody. Writing a
-    checkpoint with ``flytekit.current_context().checkpoint`` counts as well. Where there is no agent to tell (the
-    kubeflow backend, torchrun, a notebook), it does nothing.
+    ``RayBackend(hang_timeout_s=...)`` counts from the last call by any rank. What rank 0 tells is shown while it runs,
+    as a bar with speed, remaining time and metrics, and kept as curves: ``result.rounds[...].metrics``.
+
+    Call it in every step, or as often as you like: it costs a few microseconds and talks to nobody. Writing a
+    checkpoint with ``flytekit.current_context().checkpoint`` counts as progress as well. Where there is no agent to
+    tell (the kubeflow backend, torchrun, a notebook), it does nothing.
 
     Args:
         step: Of the training, as you count it: a step, an epoch. Shown where a rank is said to hang or to have failed.
+        total: Steps in all. Without it there is no bar and no remaining time.
+        **metrics: Numbers by name, such as ``loss=0.3``: 16 names at most, of up to 48 bytes. A tensor on a GPU is
+            waited for: give ``loss.item()`` every few steps where that matters.
 
     Raises:
-        TypeError: ``step`` is not an integer.
+        TypeError: ``step`` or ``total`` is not an integer, or a metric is not a number.
     """
-    try:
-        number = operator.index(step)
-    except TypeError:
-        msg = (
-            f"progress() was called with {step!r}, a {type(step).__name__}.\n"
-            "Why: the step is shown as an integer when a rank is said to hang.\n"
-            "Fix: pass the number of the step or of the epoch, such as progress(int(step))."
-        )
-        raise TypeError(msg) from None
+    number, most = _whole("step", step), None if total is None else _whole("total", total)
+    values = {name: _number(name, value) for name, value in metrics.items()}
     slot = _own_slot()
     if slot is not None:
-        slot.progress(number)
+        slot.progress(number, most, values)
+
+
+def _whole(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        msg = (
+            f"progress() was called with {value!r}, a {type(value).__name__}, as {name}.\n"
+            "Why: steps are counted in whole numbers, and shown when a rank is said to hang.\n"
+            f"Fix: pass the number of the step or of the epoch, such as int({name})."
+        )
+        raise TypeError(msg) from None
+
+
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, str | bytes):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return float(value)
+    msg = (
+        f"progress() was called with {name}={value!r}, a {type(value).__name__}.\n"
+        "Why: metrics are numbers, which are shown and drawn as curves.\n"
+        f"Fix: pass a number, such as {name}=float(...), or leave it out."
+    )
+    raise TypeError(msg)
 
 
 def stop_requested() -> bool:
@@ -125,6 +152,7 @@ class Beat:
         progressed_at: ``time.monotonic()`` of its last sign of progress.
         listens: Whether it has called ``stop_requested()``.
         told: Whether a call of ``stop_requested()`` has answered True.
+        ended: Whether its process has.
     """
 
     pid: int | None
@@ -133,6 +161,7 @@ class Beat:
     progressed_at: float | None
     listens: bool
     told: bool
+    ended: bool = False
 
 
 class HeartbeatPage:
@@ -221,6 +250,10 @@ class HeartbeatPage:
         self._integers[row + _RANK] = rank + 1
         self._integers[row + _PID] = pid
 
+    def leave(self, local_rank: int) -> None:
+        """Say that the process of this local rank has ended."""
+        self._integers[_row(local_rank) + _ENDED] = 1
+
     def request_stop(self) -> None:
         """Ask the workers of the round that runs to write a checkpoint and leave; nothing happens between rounds."""
         # The round that is meant is named, so that a request which comes too late does not stop the next one.
@@ -249,7 +282,7 @@ class HeartbeatPage:
 
     def _read(self, local_rank: int) -> Beat:
         row = _row(local_rank)
-        pid, rank, step, _, listens, told = self._integers[row : row + 6]
+        pid, rank, step, _, listens, told, ended = self._integers[row : row + 7]
         return Beat(
             pid=pid or None,
             rank=rank - 1 if rank else None,
@@ -257,11 +290,12 @@ class HeartbeatPage:
             progressed_at=self._floats[row + _PROGRESSED_AT] or None,
             listens=bool(listens),
             told=bool(told),
+            ended=bool(ended),
         )
 
     def _clear_rows(self) -> None:
         for row in range(_row(0), _row(self._integers[_PAGE_RANKS]), _FIELDS):
-            for field in (_PID, _RANK, _LISTENS, _TOLD):
+            for field in (_PID, _RANK, _LISTENS, _TOLD, _ENDED):
                 self._integers[row + field] = 0
             self._integers[row + _STEP] = _NO_STEP
             self._floats[row + _PROGRESSED_AT] = 0.0
@@ -270,9 +304,10 @@ class HeartbeatPage:
 class _Slot:
     """The page as one worker holds it: its own row, and the request to stop."""
 
-    __slots__ = ("_floats", "_integers", "_row")
+    __slots__ = ("_floats", "_integers", "_metrics", "_row")
 
-    def __init__(self, page: HeartbeatPage, local_rank: int) -> None:
+    def __init__(self, page: HeartbeatPage, local_rank: int, metrics: MetricPage | None) -> None:
+        self._metrics = metrics
         # They keep the mapping; a child that is forked shares it.
         self._integers = page._integers
         self._floats = page._floats
@@ -280,9 +315,12 @@ class _Slot:
         # Said at once where the page has no such row, and not in the middle of training.
         self._floats[self._row + _FIELDS - 1]
 
-    def progress(self, step: int) -> None:
-        self._integers[self._row + _STEP] = min(max(step, _NO_STEP + 1), _MOST_STEPS)
+    def progress(self, step: int, total: int | None, values: Mapping[str, float]) -> None:
+        step = min(max(step, _NO_STEP + 1), _MOST_STEPS)
+        self._integers[self._row + _STEP] = step
         self._floats[self._row + _PROGRESSED_AT] = time.monotonic()
+        if self._metrics is not None:
+            self._metrics.append(step, total, values)
 
     def beat(self) -> None:
         self._floats[self._row + _PROGRESSED_AT] = time.monotonic()
@@ -309,11 +347,21 @@ def _own_slot() -> _Slot | None:
         return None
     path, _, local_rank = value.rpartition(":")
     try:
-        return _Slot(HeartbeatPage.open(Path(path)), int(local_rank))
+        # Rank 0 is the first worker of its node.
+        metrics = _metrics_beside(Path(path)) if local_rank == "0" else None
+        return _Slot(HeartbeatPage.open(Path(path)), int(local_rank), metrics)
     except (OSError, ValueError, IndexError) as error:
         # As in a process that outlives its agent, or a container without the agent's folder: no reason to fail.
         logger.warning("Nobody is told of the progress of this process: %s=%s: %s", PAGE_VARIABLE, value, error)
         return None
+
+
+def _metrics_beside(path: Path) -> MetricPage | None:
+    # Not above: the guardian loads this module by its file.
+    from kfpytorch_ray.metric_page import METRICS_NAME, MetricPage
+
+    metrics = path.with_name(METRICS_NAME)
+    return MetricPage.open(metrics) if metrics.exists() else None
 
 
 # A worker is a fork of a server that is no worker, and whose environment says so.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from flytekit import Deck
 from flytekit.core.context_manager import OutputMetadata
 
+from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.report.carrier import Reported
 from kfpytorch_ray.report.data import RunReport
 
@@ -134,6 +135,7 @@ class RoundRecord:
         ended_at: Seconds since the epoch.
         ranks: How every rank ended, by rank.
         ending: Why the round ended.
+        metrics: What rank 0 told by ``progress()``, in its order; at most 1000 points, evenly.
     """
 
     index: int
@@ -143,6 +145,7 @@ class RoundRecord:
     ended_at: float
     ranks: tuple[RankRecord, ...]
     ending: Ending = Ending.SUCCEEDED
+    metrics: tuple[MetricPoint, ...] = ()
 
     @property
     def succeeded(self) -> bool:

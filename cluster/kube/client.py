@@ -151,6 +151,7 @@ class Namespace:
                     propagation_policy="Foreground" if foreground else "Background",
                     _request_timeout=TIMEOUT_S,
                 ),
+                kind,
             )
 
     def changes(self, kind: Kind, name: str, *, timeout_s: float) -> Iterator[Manifest | None]:

@@ -66,6 +66,9 @@ SINCE = {
 GONE = {"spec.deletionPolicy": ("1.5", "spec.deletionStrategy")}
 """Path of a field to the version that has it no more, and to what came instead."""
 
+_MODES_SINCE = {"InteractiveMode": ("1.3", "managedBy"), "SidecarMode": ("1.5", "deletionStrategy")}
+"""A submissionMode to the version that has it, and to a field of a RayJob's spec that came with that version."""
+
 _OF_EVERY_OBJECT = frozenset({"apiVersion", "kind", "metadata"})
 
 
@@ -99,7 +102,18 @@ def since(path: str) -> str | None:
 
 def unknown_field_problems(manifest: Mapping[str, Any], schema: Mapping[str, Any]) -> tuple[str, ...]:
     """One sentence for each of the manifest's fields that the cluster does not know, with the version that does."""
-    return tuple(f"{path}: {_sentence(path)}" for path in unknown_fields(manifest, schema))
+    return (*(f"{path}: {_sentence(path)}" for path in unknown_fields(manifest, schema)), *_modes(manifest, schema))
+
+
+def _modes(manifest: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[str]:
+    """Of modes, whose words no schema lists: an operator that is too old takes them and submits nothing, for ever."""
+    mode = (manifest.get("spec") or {}).get("submissionMode")
+    known = schema.get("properties", {}).get("spec", {}).get("properties", {})
+    if mode in _MODES_SINCE and (since_then := _MODES_SINCE[mode])[1] not in known:
+        yield (
+            f"spec.submissionMode: this cluster's KubeRay does not know {mode}; KubeRay {since_then[0]} and later do, "
+            "use K8sJobMode or HTTPMode"
+        )
 
 
 def _sentence(path: str) -> str:

@@ -24,8 +24,8 @@ _STOP_S = 5.0
 
 
 def mark_of(run_id: str) -> str:
-    """The first line of a driver."""
-    return f"kfpytorch_ray: the driver of the run {run_id} starts\n"
+    """The first line of a driver, or of a pod that is a node itself."""
+    return f"kfpytorch_ray: the run {run_id} starts here\n"
 
 
 def driver_part(text: str, run_id: str) -> str:

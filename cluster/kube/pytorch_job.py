@@ -71,7 +71,8 @@ class PyTorchJob:
         if condition["type"] in ("Succeeded", "Failed"):
             return self._last_words(condition) or self._over(condition)
         begun = condition["type"] in ("Running", "Restarting")
-        return self._waiting.state(job, self._pods(), begun=begun)
+        pods = self._pods()
+        return self._waiting.state(job, pods, begun=begun, enough=begun and _enough(job, pods))
 
     def _last_words(self, condition: Manifest) -> JobState | None:
         """The state of a job that has failed as long as pods that still run may know better why; None after that."""
@@ -125,6 +126,12 @@ class PyTorchJob:
     def forget(self) -> None:
         """Delete it, and by that its pods."""
         self._namespace.delete(PYTORCH_JOB, self._name)
+
+
+def _enough(job: Manifest, pods: list[Any]) -> bool:
+    """Whether a range of nodes can be trained on with the pods that run."""
+    least = (job["spec"].get("elasticPolicy") or {}).get("minReplicas")
+    return least is not None and sum(pod.status.phase == "Running" for pod in pods) >= least
 
 
 def _condition(job: Manifest) -> Manifest:

@@ -122,7 +122,13 @@ class _Pod:
             uploaded = [(rank, self._upload(rank, one.result)) for rank, one in sorted(returned.items())]
         record = Record((succeeded(returned, started_at),))
         report(self.folder, socket.gethostname(), RunStatus.SUCCEEDED, record, results=uploaded)
-        return self._wait_for_others()
+        try:
+            return self._wait_for_others()
+        except SystemExit as stop:
+            if stop.code != TERMINATED:
+                raise
+            # Its results are there and count; who took them may have removed the job by now.
+            return TERMINATED if read_outcome(self.folder) is None else 0
 
     def _upload(self, rank: int, path: str) -> Digest:
         return self.folder.upload(result_name(rank), [map_spooled(Path(path)).data])

@@ -9,6 +9,9 @@ from kubernetes.client.exceptions import ApiException
 from kfpytorch_ray.cluster.kube.kinds import Kind
 from kfpytorch_ray.errors import AuthenticationError, ClusterError, ClusterUnreachableError, explain
 
+_WEBHOOK = "admission webhook"
+"""In what the API server says where one denied a request, often with the status of missing rights."""
+
 
 class GoneError(ClusterError):
     """What was to be changed is not there."""
@@ -40,14 +43,7 @@ def refusal(error: ApiException, what: str, server: str, namespace: str, kind: K
                 )
             )
         case 403:
-            return AuthenticationError(
-                explain(
-                    f"{where} refuses to {what} in the namespace {namespace!r} (403).",
-                    said,
-                    "Ask for a Role with get, list, watch, create and delete on rayjobs.ray.io, and get and list on "
-                    "pods, pods/log and events; a quota that is used up is refused like this, too.",
-                )
-            )
+            return _forbidden(said, f"{where} refuses to {what} in the namespace {namespace!r} (403).", kind)
         case 404 if "namespaces" in said:
             return ClusterError(
                 explain(
@@ -56,7 +52,7 @@ def refusal(error: ApiException, what: str, server: str, namespace: str, kind: K
                     f"Create it (kubectl create namespace {namespace}), or name another one: namespace=...",
                 )
             )
-        case 404 if kind is not None:
+        case 404 if kind is not None and not _is_about_one(error):
             return not_installed(kind, server)
         case 404:
             return GoneError(explain(f"{where} could not {what}.", said, "It is gone already."))
@@ -104,6 +100,29 @@ def unreachable(error: Exception, server: str) -> ClusterUnreachableError:
             "Check the context (kubectl config current-context), the VPN or tunnel to it, and that it runs.",
         )
     )
+
+
+def _forbidden(said: str, what: str, kind: Kind | None) -> ClusterError:
+    if _WEBHOOK in said:
+        fix = (
+            "Look at what the webhook names: it comes from the backend's options (spec=..., labels, pod templates), or "
+            "from a rule of this cluster."
+        )
+        return ClusterError(explain(what, said, fix))
+    named = kind.crd if kind else "what the backend creates (rayjobs.ray.io, pytorchjobs.kubeflow.org)"
+    fix = (
+        f"Ask for a Role with get, list, watch, create and delete on {named}, get, list and watch on pods, get on "
+        "pods/log and list on events; a quota that is used up is refused like this, too."
+    )
+    return AuthenticationError(explain(what, said, fix))
+
+
+def _is_about_one(error: ApiException) -> bool:
+    """Whether the API server knows the kind, and says that there is none of a name."""
+    try:
+        return bool(json.loads(error.body or "")["details"]["name"])
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _message(error: ApiException) -> str:

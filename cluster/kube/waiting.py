@@ -52,7 +52,9 @@ class Waiting:
         self._troubled_since = None
         return JobState(RunStatus.PENDING, "is suspended: a queue has not admitted it yet, or somebody has.")
 
-    def state(self, job: Manifest, pods: list[Any], beside: str | None = None, *, begun: bool = False) -> JobState:
+    def state(
+        self, job: Manifest, pods: list[Any], beside: str | None = None, *, begun: bool = False, enough: bool = False
+    ) -> JobState:
         """The state of a job whose pods do not all run yet.
 
         Args:
@@ -60,6 +62,7 @@ class Waiting:
             pods: Those of it that are there.
             beside: Name of another resource whose events are about it.
             begun: Whether it has begun with those that run.
+            enough: Whether it trains with these, whatever becomes of the others.
 
         Raises:
             ClusterError: The cluster refuses to tell, or cannot be reached.
@@ -76,7 +79,7 @@ class Waiting:
         )
         message = f"waits for its pods: {ready} of {len(pods)} run; {why}."
         error = self._in_vain([reason for reason, _ in troubles], why) or (self._too_late(message) if late else None)
-        if error is not None:
+        if error is not None and not enough:
             return JobState(RunStatus.LOST, message, error)
         return JobState(RunStatus.RUNNING if begun else RunStatus.PENDING, message)
 

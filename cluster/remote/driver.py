@@ -63,6 +63,7 @@ def main(uri: str, working_dir: str = "") -> int:
         return EXIT_FAILED
     try:
         manifest, (request, options) = read_request(folder, sha256)
+        request = replace(request, setup=replace(request.setup, known_as=manifest.run_id))
     except KfpytorchRayError as error:
         return _fail(folder, error, EXIT_FAILED)
     lease = LeaseWatch(folder, manifest.lease_s)

@@ -317,7 +317,7 @@ class RemoteRun:
         return ClusterUnreachableError(
             explain(
                 what,
-                f"{why} (RayBackend(reconnect_timeout_s=...)).",
+                f"{why} (reconnect_timeout_s=...).",
                 f"If the cluster still runs, take the result when it can be reached: {self.command('result')}",
             )
         )
@@ -342,8 +342,9 @@ class RemoteRun:
     def _lost(self, message: str, last_lines: str = "") -> RunLostError:
         text = explain(
             f"The run {self.run_id} is over and has left no outcome.",
-            f"{message.rstrip('.')}. Its driver was killed, could not start, or could not write to {self._folder.uri}.",
-            "Look into the last lines of its log, and at the head's memory; then launch it again.",
+            f"{message.rstrip('.')}. Its driver, or a pod of it, was killed, could not start, or could not write to "
+            f"{self._folder.uri}.",
+            "Look into the last lines of its log, and whether memory ran out there; then launch it again.",
         )
         return RunLostError(f"{text}\n\nLast lines of its log:\n{last_lines}" if last_lines else text, time.time())
 

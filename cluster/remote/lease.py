@@ -93,5 +93,5 @@ class LeaseWatch(_LeaseThread):
             self._seen, self._changed_at = now, time.monotonic()
         elif time.monotonic() - self._changed_at > self._lease_s and not self.reason:
             self.reason = f"Whoever launched it has given no sign of life for lease_s={self._lease_s:g} s."
-            self.fix = "Launch it again; without a lease (RayBackend(lease_s=None)) it goes on by itself."
+            self.fix = "Launch it again; without a lease (lease_s=None) it goes on by itself."
             os.kill(os.getpid(), signal.SIGTERM)

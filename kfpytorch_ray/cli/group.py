@@ -15,6 +15,7 @@ import rich_click as click
 from kfpytorch_ray.cli.clean import gc
 from kfpytorch_ray.cli.doctor import doctor
 from kfpytorch_ray.cli.exit_codes import ExitCode, described, exit_code_of
+from kfpytorch_ray.cli.inside import flamegraph, stacks
 from kfpytorch_ray.cli.look import list_, logs, status
 from kfpytorch_ray.cli.options import verbose_option
 from kfpytorch_ray.cli.render import render
@@ -64,6 +65,8 @@ for _command in (
     status,
     list_,
     logs,
+    stacks,
+    flamegraph,
     cancel,
     result,
     gc,

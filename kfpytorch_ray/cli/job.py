@@ -68,7 +68,7 @@ def elastic_of(target: Target, wanted: Wanted) -> Elastic:
 def _working_dir(target: Target, choice: BackendChoice, options: Mapping[str, Any]) -> str | None:
     if choice.name == RayBackend.name:
         return working_dir_for(target, options.get("address") or getattr(choice.options, "address", None))
-    if choice.name == KubeRayBackend.name:
+    if choice.name == KubeRayBackend.name or getattr(choice.options, "creates_job", False):
         # Always elsewhere.
         return working_dir_for(target, choice.name)
     return None

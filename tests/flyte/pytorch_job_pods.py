@@ -6,7 +6,9 @@ master.go. What differs: every pod has this machine's address, and the port is a
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from propeller import Attempt, values_of
 from kfpytorch_ray.cluster.kube.flyte_pytorchjob import pytorch_job
 
 HOST = "localhost"
+_PORTS = (20_000, 30_000)
+"""Above those that Ray gives its workers, and below the kernel's own (net.ipv4.ip_local_port_range)."""
 DEADLINE_S = 240.0
 
 
@@ -70,9 +74,7 @@ def _pods(job: Mapping[str, Any]) -> Iterator[tuple[str, list[str], dict[str, st
     """Name, command and variables of each."""
     spec = job["spec"]
     replicas = spec["pytorchReplicaSpecs"]
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     world_size = sum(replica["replicas"] for replica in replicas.values())
     for kind, replica in replicas.items():
         (container,) = replica["template"]["spec"]["containers"]
@@ -85,6 +87,19 @@ def _pods(job: Mapping[str, Any]) -> Iterator[tuple[str, list[str], dict[str, st
             if "elasticPolicy" in spec:
                 variables |= _of_an_elastic_worker(spec["elasticPolicy"], port)
             yield f"{kind.lower()}-{index}", [*container.get("command", ()), *container["args"]], variables
+
+
+def _free_port() -> int:
+    """A port that stays free until the pods have imported torch.
+
+    The kernel gives none of these to a connection, nor to who asks for any port. One of those it may give to another
+    process at once, whose server the pods would then wait for in vain, for minutes.
+    """
+    while True:
+        port = random.randrange(*_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind((HOST, port))
+            return port
 
 
 def _of_a_replica(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -195,3 +195,12 @@ def test_golden_manifests_lose_nothing(version: str, crds: Path) -> None:
     assert [unknown_field_problems(manifest, schema(version, "RayJob", crds)) for manifest in manifests] == [()] * len(
         manifests
     )
+
+
+@pytest.mark.parametrize("version", KUBERAY_VERSIONS)
+def test_a_mode_that_this_kuberay_does_not_know_is_a_problem(version: str, crds: Path) -> None:
+    """Its schema takes any word: how old it is its fields tell."""
+    found = unknown_field_problems(job_with("spec.submissionMode", "SidecarMode"), schema(version, "RayJob", crds))
+    assert bool(found) == (minor(version) < (1, 5))
+    assert all("does not know SidecarMode; KubeRay 1.5 and later do" in problem for problem in found)
+    assert not unknown_field_problems(job_with("spec.submissionMode", "HTTPMode"), schema(version, "RayJob", crds))

@@ -1,12 +1,13 @@
-"""A real Kubernetes API server, and doubles of what it lacks: a node, and KubeRay's operator.
+"""A real Kubernetes API server, and doubles of what it lacks: a node, KubeRay's operator and Kubeflow's.
 
     make test-kubernetes                        starts one by the scripts in $KFPYTORCH_RAY_KUBE (make: KUBE=FOLDER)
     make test-kubernetes KUBECONFIG=FILE        takes the current context of FILE: kind's, or a live cluster's
     KFPYTORCH_RAY_TEST_KUBECONFIG=FILE pytest tests/kubernetes      the same
 
 The scripts are ``up DIR``, which prints a kubeconfig's path, and ``down DIR``. A shell's KUBECONFIG alone is not taken:
-it may lead to a cluster that nobody wants tests in. The tests need KubeRay's CRDs there and may create namespaces,
-which they delete. On a cluster with nodes, or with an operator, they are skipped that bring doubles of these.
+it may lead to a cluster that nobody wants tests in. The tests need the CRDs of both operators there and may create
+namespaces, which they delete. On a cluster with nodes, or with an operator, they are skipped that bring doubles of
+these.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from doubles.api import Api
 from doubles.front import Front
 from doubles.node import ROOT, Node
 from doubles.operator import KubeRayOperator
+from doubles.training_operator import TrainingOperator
 from kubernetes import client, config
 
 from kfpytorch_ray import KubeRayBackend
@@ -36,6 +38,7 @@ from kfpytorch_ray.testing import unavailable, wait_until
 KUBECONFIG_VARIABLE = "KFPYTORCH_RAY_TEST_KUBECONFIG"
 _START_TIMEOUT_S = 1200.0  # the first time, it is built
 _OPERATORS = "app.kubernetes.io/name=kuberay-operator"
+_TRAINING_OPERATORS = "control-plane=kubeflow-training-operator"
 STRANGER = "kfpytorch-ray-stranger"
 _PREFIX = f"kfr-test-{os.getpid()}-"
 _numbers = itertools.count()
@@ -120,6 +123,13 @@ def no_operator(api: Api) -> None:
 
 
 @pytest.fixture(scope="session")
+def no_training_operator(api: Api) -> None:
+    """Nobody acts on PyTorchJobs."""
+    if api.find("pods", labels=_TRAINING_OPERATORS):
+        pytest.skip("this cluster has Kubeflow's training operator, which would act beside its double")
+
+
+@pytest.fixture(scope="session")
 def no_node(api: Api) -> None:
     """Nobody runs Pods."""
     if nodes := api.find("nodes"):
@@ -139,6 +149,15 @@ def node(connection: client.ApiClient, no_node: None) -> Iterator[Node]:
 def operator(connection: client.ApiClient, no_operator: None, node: Node) -> Iterator[KubeRayOperator]:
     """KubeRay's operator, for a module's tests."""
     with KubeRayOperator(connection) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def training_operator(
+    connection: client.ApiClient, no_training_operator: None, node: Node
+) -> Iterator[TrainingOperator]:
+    """Kubeflow's training operator, for a module's tests."""
+    with TrainingOperator(connection) as started:
         yield started
 
 
@@ -205,7 +224,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, which is sent."""
     folder = tmp_path / "project"
     folder.mkdir()
-    shutil.copy(Path(__file__).with_name("kuberay_trainings.py"), folder)
+    for module in Path(__file__).parent.glob("*_trainings.py"):
+        shutil.copy(module, folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(folder)
     return folder

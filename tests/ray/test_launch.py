@@ -27,6 +27,7 @@ from kfpytorch_ray import (
     WorkerFailedError,
     WorkerHungError,
     launch,
+    progress,
 )
 from kfpytorch_ray.errors import DeadlineExceededError
 from kfpytorch_ray.results import Ending, Outcome
@@ -159,6 +160,28 @@ def test_restart_after_a_failure_anywhere(tmp_path: Path) -> None:
     assert "RuntimeError: first time" in first.ranks[3].message
     assert not any(rank.outcome is Outcome.SUCCEEDED for rank in first.ranks)
     assert second.succeeded
+
+
+def test_what_rank_0_tells_comes_home(capfd: pytest.CaptureFixture[str]) -> None:
+    """Every round's steps and metrics are in its record, also those told right before its end; lines tell of it."""
+
+    def work() -> None:
+        restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        for step in range(10):
+            progress(step, total=10, loss=1 / (step + 1), round=restarts, rank=int(os.environ["RANK"]))
+        if restarts == 0 and os.environ["RANK"] == "0":
+            raise ValueError(restarts)
+
+    result = launch(work, elastic=on_ray(max_restarts=1))
+    for index, record in enumerate(result.rounds):
+        assert [(point.round_index, point.step, point.total) for point in record.metrics] == [
+            (index, step, 10) for step in range(10)
+        ]
+        assert {(point.values["round"], point.values["rank"]) for point in record.metrics} == {(index, 0)}
+        assert record.metrics[-1].values["loss"] == 0.1
+    said = capfd.readouterr().err
+    for text in ("round 1/2, ", "round 2/2, ", "succeeded at step 9/10 after"):
+        assert f": {text}" in said
 
 
 def test_error_names_rank_and_carries_the_users_exception() -> None:

@@ -38,6 +38,7 @@ from kfpytorch_ray import (
     WorkerFailedError,
     attach,
     launch,
+    stacks,
 )
 from kfpytorch_ray.cluster.remote.client import JobClient
 from kfpytorch_ray.results import Outcome
@@ -251,6 +252,27 @@ def test_the_last_lines_of_every_rank_are_in_the_log(head: HeadCluster, storage:
     (path,) = run.result().logs[1]
     assert path.endswith(f"outputs/{run.run_id}/logs/round-0/rank-1.log")
     assert Path(path).read_text() == "the last line\n"
+
+
+def test_looking_inside_a_rank(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+    """From a machine that does not belong to the cluster: by the storage and a small job, which leave nothing."""
+
+    def waits_at_the_gate(gate: str) -> None:
+        Path(f"{gate}-{os.environ['RANK']}").touch()
+        while not Path(gate).exists():
+            threading.Event().wait(0.05)
+
+    run = launch(waits_at_the_gate, str(tmp_path / "gate"), elastic=elastic(head, storage, nnodes=2), wait=False)
+    try:
+        wait_until(lambda: len([*tmp_path.glob("gate-*")]) == 2, "the ranks to begin", 120)
+        before = files(storage)
+        found = stacks(run.run_id, storage=storage)
+        assert found.keys() == {0, 1}
+        assert all("waits_at_the_gate" in text for text in found.values())
+        assert files(storage) == before
+    finally:
+        (tmp_path / "gate").touch()
+        run.result()
 
 
 def test_cancel(head: HeadCluster, storage: str) -> None:

@@ -4,10 +4,13 @@ from typing import Any
 
 import flytekitplugins.kfpytorch as upstream
 import pytest
+from flytekit import PodTemplate
+from kubernetes.client import V1Container, V1PodSpec, V1ResourceRequirements
 
-from kfpytorch_ray import Elastic, KubeflowBackend, PyTorch, RestartPolicy, RunPolicy, Worker
+from kfpytorch_ray import ConfigError, Elastic, KubeflowBackend, PyTorch, RestartPolicy, RunPolicy, Worker
 from kfpytorch_ray.adapters.kubeflow import KubeflowAdapter
 from kfpytorch_ray.plan import FlyteContext, LaunchPlan, NodeResources
+from kfpytorch_ray.task_arguments import TaskArguments
 
 ADAPTER = KubeflowAdapter(KubeflowBackend())
 
@@ -103,3 +106,32 @@ def test_without_an_operator_the_rendezvous_is_here(monkeypatch: pytest.MonkeyPa
     """On a laptop the workers meet on a free port of this machine."""
     monkeypatch.delenv("PET_RDZV_ENDPOINT", raising=False)
     assert ADAPTER.build(plan()).rdzv_endpoint == "localhost:0"
+
+
+@pytest.mark.parametrize(
+    ("container", "words"),
+    [
+        (V1Container(name="pytorch"), "rename it"),
+        (V1Container(name="primary", resources=V1ResourceRequirements(limits={"nvidia.com/gpu": "8"})), "requests="),
+        (V1Container(name="primary", command=["sleep"]), "leave it out"),
+    ],
+)
+def test_a_template_that_a_pytorchjob_of_our_own_cannot_have(container: V1Container, words: str) -> None:
+    """Refused before anything is asked of a cluster; Flyte, which makes its own of it, is left alone."""
+    template = PodTemplate(pod_spec=V1PodSpec(containers=[container]))
+    adapter = KubeflowAdapter(KubeflowBackend(image="i:1", namespace="n", storage="/nowhere"))
+    with pytest.raises(ConfigError, match=words):
+        adapter.run(plan(arguments=TaskArguments(pod_template=template)))
+    assert adapter.check(Elastic()).problems == ()
+    (_, said) = adapter.kubernetes_lost(Elastic(), TaskArguments(pod_template=template))
+    assert words in said
+
+
+def test_a_pytorchjob_of_our_own_does_not_stay_for_ever() -> None:
+    """Nobody may be left to remove it: it goes with what the run has left in the storage, which is said."""
+    adapter = KubeflowAdapter(KubeflowBackend(image="i:1", retention_s=59.5))
+    for policy, ttl_s in ((None, 60), (RunPolicy(), 60), (RunPolicy(ttl_seconds_after_finished=0), 0)):
+        config = Elastic(2, run_policy=policy)
+        (job,) = adapter.kubernetes_manifests(config, TaskArguments())
+        assert job["spec"]["runPolicy"]["ttlSecondsAfterFinished"] == ttl_s
+        assert bool(adapter.kubernetes_lost(config, TaskArguments())) == bool(ttl_s)

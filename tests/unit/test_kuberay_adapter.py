@@ -301,7 +301,7 @@ WITH_INIT = PodTemplate(
         (KubeRayBackend(runtime_env={"env_vars": object()}), {}, "JSON"),
         (KubeRayBackend(runtime_env="pip"), {}, "must be a dict"),  # type: ignore[arg-type]
         (KubeRayBackend(head_pod_template="x"), {}, "must be a PodTemplate"),  # type: ignore[arg-type]
-        (KubeRayBackend(worker_pod_template=SIDECAR_FIRST), {}, "drops the containers proxy"),
+        (KubeRayBackend(worker_pod_template=SIDECAR_FIRST), {}, "has the containers proxy beside"),
         (KubeRayBackend(worker_pod_template=WITH_RESOURCES), {}, "requests="),
         (KubeRayBackend(head_pod_template=WITH_INIT), {}, "init containers"),
         (None, {"pod_template": SIDECAR_FIRST}, "'proxy' before the primary one"),

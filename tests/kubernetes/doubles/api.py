@@ -16,6 +16,7 @@ CONFLICT = 409
 
 _GROUPS = {
     "jobs": "/apis/batch/v1",
+    "pytorchjobs": "/apis/kubeflow.org/v1",
     "rayclusters": "/apis/ray.io/v1",
     "rayjobs": "/apis/ray.io/v1",
     "rolebindings": "/apis/rbac.authorization.k8s.io/v1",

@@ -1,7 +1,7 @@
 """A node with its kubelet and the scheduler, for an API server that has none: Pods run as processes of this machine.
 
-What is not here: images (every container sees this machine's files), limits, probes, volumes other than the
-simple ones, Services and DNS.
+Instead of DNS, Pods have the names of headless Services in their hosts files. What is not here: images (every container
+sees this machine's files), limits, probes, volumes other than the simple ones, and other Services.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ class Node:
                 self._schedule(pod, mine)
         for pod in mine:
             self._look_after(pod)
+        self._tell_names(pods)
         there = {pod["metadata"]["uid"] for pod in mine}
         for uid in self._runs.keys() - there:
             self._runs[uid].delete(0)
@@ -213,6 +214,21 @@ class Node:
         if "deletionTimestamp" in meta:
             run.delete(min(meta.get("deletionGracePeriodSeconds", 0), self._longest_grace_s))
 
+    def _tell_names(self, pods: list[Document]) -> None:
+        """Tell Pods whom the headless Services of their namespace lead to: the ready ones, as DNS does."""
+        if not self._runs:
+            return
+        names: dict[str, list[tuple[str, str]]] = {}
+        for service in self._api.find("services"):
+            meta, selector = service["metadata"], service["spec"].get("selector") or {}
+            if service["spec"].get("clusterIP") == "None" and selector:
+                addresses = [pod["status"]["podIP"] for pod in pods if _is_selected(pod, meta["namespace"], selector)]
+                names.setdefault(meta["namespace"], []).extend((address, meta["name"]) for address in addresses)
+        for run in self._runs.values():
+            # Its folder may have gone just now.
+            with contextlib.suppress(FileNotFoundError):
+                run.sandbox.know(names.get(run.pod["metadata"]["namespace"], ()))
+
     def _admit(self, pod: Document) -> PodRun:
         host = next(self._hosts)
         self._network.add(host)
@@ -226,6 +242,7 @@ class Node:
             self._environment,
             self._shared,
         )
+        sandbox.know()
         return PodRun(self._api, pod, sandbox, lambda: shutil.rmtree(folder, ignore_errors=True))
 
     @property
@@ -252,3 +269,10 @@ class Node:
             run.delete(0)
         for run in self._runs.values():
             run.join()
+
+
+def _is_selected(pod: Document, namespace: str, selector: Mapping[str, str]) -> bool:
+    """Whether a Service of that namespace leads to a Pod."""
+    meta = pod["metadata"]
+    ready = any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", []))
+    return ready and meta["namespace"] == namespace and selector.items() <= meta.get("labels", {}).items()

@@ -7,6 +7,7 @@ Every container has its own process namespace, so that it ends with its first pr
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import subprocess
@@ -41,6 +42,22 @@ class Sandbox:
     env: Mapping[str, str]
     shared: Sequence[Path] = ()
     copied: Sequence[str] = ("/root",)
+
+    def know(self, names: Sequence[tuple[str, str]] = ()) -> None:
+        """Have the Pod know itself and others: pairs of address and name, as DNS would answer."""
+        known = (("127.0.0.1", "localhost"), (self.address, self.hostname), *names)
+        text = "".join(f"{address} {name}\n" for address, name in known).encode()
+        if self._hosts.exists() and self._hosts.read_bytes() == text:
+            return
+        # Containers see this very file, and may read it at any moment: it is never empty.
+        descriptor = os.open(self._hosts, os.O_WRONLY | os.O_CREAT, 0o644)
+        with open(descriptor, "wb") as file:
+            file.write(text)
+            file.truncate()
+
+    @property
+    def _hosts(self) -> Path:
+        return self.folder / "hosts"
 
     def start(
         self,
@@ -100,15 +117,13 @@ class Sandbox:
         tmp = folder / "tmp"
         (tmp / "home").mkdir(parents=True)
         tmp.chmod(0o1777)
-        hosts = folder / "hosts"
-        hosts.write_text(f"127.0.0.1 localhost\n{self.address} {self.hostname}\n", encoding="utf-8")
         lines = [_copy_on_write(folder, path) for path in sorted({*self.copied, *_without(mounts)})]
         # The outer ones first; what is below /tmp before /tmp itself, which hides where it comes from.
         for source, target in sorted([*((path, str(path)) for path in self.shared), *mounts], key=lambda pair: pair[1]):
             place = shlex.quote(str(tmp / target.removeprefix("/tmp/")) if target.startswith("/tmp/") else target)
             lines.append(f"test -e {place} || mkdir -p {place}")
             lines.append(f"mount --bind {shlex.quote(str(source))} {place}")
-        lines.append(f"mount --bind {shlex.quote(str(hosts))} /etc/hosts")
+        lines.append(f"mount --bind {shlex.quote(str(self._hosts))} /etc/hosts")
         lines.append(f"mount --rbind {shlex.quote(str(tmp))} /tmp")
         lines.append("mount -t tmpfs shm /dev/shm")
         lines.append(f"hostname {shlex.quote(self.hostname)}")
