@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from kfpytorch_ray.cluster.environment import PRELOAD_VARIABLE, node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
-from kfpytorch_ray.cluster.log_archive import LogArchive
+from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S, LogArchive
 from kfpytorch_ray.cluster.metrics_source import MetricsSource
 from kfpytorch_ray.cluster.output import LOGS, SPOOL
 from kfpytorch_ray.cluster.output_spool import Cursor, OutputChunk, OutputSource
@@ -71,6 +71,8 @@ PRELOAD = (
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - results pass through memory, in a folder of mode 0700
 _EVERY_ROUND = 2**31
 _LOST_WAIT_S = 10.0
+_LAST_FILES_S = 2 * ARCHIVE_WAIT_S
+"""Longest time for the last copies of logs and for the driver to take the last lines; without workers."""
 _LOAD_S = 900.0
 """Longest time for the call to arrive and the fork server to be warm."""
 
@@ -276,14 +278,21 @@ class ElasticAgent:
             self._ask(EndLaunch())
         finally:
             self._output.end()
+        # No pulse may come any more, and there are no workers.
+        self._extend_lease(_now() + _LAST_FILES_S)
         self._archive.finish()
         self._drop_results()
         self._payload.unlink(missing_ok=True)
-        self._extend_lease(_now() + lease_s)
+        # It may be less than what the files were given.
+        self._page.extend_lease(_now() + max(lease_s, self._setup.silence_timeout_s))
 
     def remove_launch(self, launch_id: str) -> None:
         """Remove the files of a launch that is over."""
         shutil.rmtree(self._folder_of(launch_id), ignore_errors=True)
+
+    def known_as(self) -> str:
+        """The run that this agent serves now, as people know it."""
+        return self._setup.known_as or self._setup.run_id
 
     def stacks(self, rank: int | None) -> dict[int, str]:
         """The stacks of workers that run here, by rank; of one rank, or with None of all.
@@ -327,6 +336,7 @@ class ElasticAgent:
                 self._supervisor.join()
         finally:
             self._output.end()
+        self._extend_lease(_now() + _LAST_FILES_S)
         self._archive.finish()
 
     def remove_files(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ NAMESPACE = "kfpytorch_ray"
 _KIND = "ElasticAgent "
 """A name begins like the class: it takes the place of that in the title of the process and before lines of its log."""
 
+_NAME_WAIT_S = 10.0
 _WAIT_S = 30.0
 """Longest wait for an agent to answer, beyond what it was asked to do."""
 
@@ -151,31 +153,38 @@ def _places_here() -> list[str]:
 
 
 def _named(run: str) -> list[Any]:
-    names = [
-        name
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["namespace"] == NAMESPACE and (name := AgentName.parsed(actor["name"])) is not None
-    ]
-    runs = {name.run for name in names}
-    matching = {run} & runs or {each for each in runs if each.startswith(run)}
+    agents: dict[str, list[Any]] = defaultdict(list)
+    for name, handle in _all_agents():
+        agents[name].append(handle)
+    matching = {run} & agents.keys() or {each for each in agents if each.startswith(run)}
     if not matching:
-        there = ", ".join(sorted(runs)) or "none"
         raise UnknownRunError(
             explain(
                 f"No run {run!r} goes on here.",
-                f"Runs that have agents on this Ray: {there}.",
+                f"Runs that have agents on this Ray: {', '.join(sorted(agents)) or 'none'}.",
                 "Name one of these, or the Ray on which it runs (--address). A run that has ended has no ranks.",
             )
         )
     if len(matching) > 1:
         raise ConfigError("run", (f"{run!r} is the beginning of several: {', '.join(sorted(matching))}",))
-    handles = []
-    for name in names:
-        if name.run in matching:
+    return agents[matching.pop()]
+
+
+def _all_agents() -> list[tuple[str, Any]]:
+    """Every agent on this Ray, with the run that it serves now: a warm one has the name of its first."""
+    found: dict[Any, tuple[AgentName, Any]] = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and (name := AgentName.parsed(actor["name"])) is not None:
             # It may just have ended.
             with contextlib.suppress(ValueError):
-                handles.append(ray.get_actor(str(name), namespace=NAMESPACE))
-    return handles
+                handle = ray.get_actor(actor["name"], namespace=NAMESPACE)
+                found[handle.known_as.remote()] = (name, handle)
+    done, starting = ray.wait(list(found), num_returns=len(found), timeout=_NAME_WAIT_S) if found else ([], [])
+    agents = [(found[ref][0].run, found[ref][1]) for ref in starting]
+    for ref in done:
+        with contextlib.suppress(RayError):
+            agents.append((ray.get(ref), found[ref][1]))
+    return agents
 
 
 def _answers(asked: list[Any], timeout_s: float) -> list[Any]:
