@@ -285,6 +285,7 @@ class Membership:
             return
         members = [*self._members.values()]
         self._members = {}
+        self._loading = {}
         try:
             self._pulse.close()
             if endings := {member.handle.shutdown.remote(): member for member in members}:
@@ -335,8 +336,8 @@ class Membership:
 
     def _take_in(self, timeout_s: float = 0.0) -> None:
         for ref in self._loaded.take(timeout_s):
-            member = self._loading.pop(ref)
-            if not self.has(member):
+            member = self._loading.pop(ref, None)
+            if member is None:
                 continue
             try:
                 facts = ray.get(ref)
@@ -381,6 +382,8 @@ class Membership:
         self._pulse.forget(member.number)
         self._output.give_up(member.number)
         self._live.forget(member.number)
+        # Should Ray lose the kill, the actor ends when nobody has a handle of it any more.
+        self._loading = {ref: other for ref, other in self._loading.items() if other is not member}
         del self._members[member.slot.index]
         self._recorder.agent_gone(member.number)
         self._reservation.lost(member.slot.index, gone=gone)
