@@ -212,7 +212,8 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
     process = subprocess.Popen(
         [sys.executable, "-c", HOST, str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
-        env={**os.environ, "TMPDIR": str(folder)},
+        # Not as this shell may have it: what is printed is to arrive all the same.
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"TMPDIR": str(folder)},
     )
     theirs.close()
     agent = Agent(process, ours, folder)
