@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 # Much of their time the tests wait. A file stays in one process, which has a cluster of its own.
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 CHAOS_PROCESSES ?= 2
 KUBE ?= $(abspath ../shared/kube)
 CHAOS_RUNS ?= 20

@@ -17,6 +17,8 @@ from kfpytorch_ray.cluster.limits import Budgets, Limits
 from kfpytorch_ray.cluster.membership import Membership
 from kfpytorch_ray.cluster.placement import Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, NodeReport, RoundAssignment
+from kfpytorch_ray.cluster.recording import Recorder
+from kfpytorch_ray.live.view import Live, Silent
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.results import Outcome, RankRecord
 
@@ -199,9 +201,11 @@ def controller_cost(agents: int, nproc: int = 8) -> dict[str, float]:
     limits = Limits(agents, agents, Budgets(1, 0), 600.0, 30.0, None, 30.0, 60.0, None)
     with _simulated(agents, setup):
         members = Membership(_Reservation(agents), agents, setup.silence_timeout_s)  # type: ignore[arg-type]
+        recorder = Recorder(setup.name, setup.run_id, "simulated", limits.budgets)
+        shown = Live(setup.name, setup.run_id, Silent())
         began = time.process_time()
-        members.begin(setup, b"", _Output())  # type: ignore[arg-type]
-        launch = Controller(members, setup, limits, lambda *_: None)
+        members.begin(setup, b"", _Output(), recorder, shown)  # type: ignore[arg-type]
+        launch = Controller(members, setup, limits, shown, recorder)
         launch._gather(0.0)
         ready = time.process_time()
         launch.run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import secrets
@@ -22,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfpytorch_ray.cluster.environment import node_environment
+from kfpytorch_ray.cluster.environment import PRELOAD_VARIABLE, node_environment
 from kfpytorch_ray.cluster.forkserver import ForkServer
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
 from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S, LogArchive
@@ -38,6 +39,7 @@ from kfpytorch_ray.cluster.protocol import (
     NodePulse,
     NodeReport,
     OpenStore,
+    PreloadRefusedError,
     Ready,
     RoundAssignment,
     Shutdown,
@@ -63,7 +65,9 @@ PRELOAD = (
     "torch.distributed",
     "flytekit.bin.entrypoint",
     "kfpytorch_ray.cluster.supervisor",
+    "kfpytorch_ray.cluster.preloading",
 )
+"""The last imports what the user names."""
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - results pass through memory, in a folder of mode 0700
 _EVERY_ROUND = 2**31
 _LOST_WAIT_S = 10.0
@@ -115,16 +119,16 @@ class ElasticAgent:
         self._facts: NodeFacts | None = None
         self._begin_output(setup)
 
-        preload = (*PRELOAD, *setup.preload)
         os.environ[MARK_VARIABLE] = value
-        fork_server = ForkServer(preload, str(self._folder))
+        os.environ[PRELOAD_VARIABLE] = json.dumps({"modules": setup.preload, "sys_path": setup.sys_path})
+        fork_server = ForkServer(PRELOAD, str(self._folder))
         given = SupervisorSetup(
             nproc_per_node=setup.nproc_per_node,
             address=address,
             folder=str(self._folder),
             payload=str(self._payload),
             result_folders=self._result_folders,
-            preload=preload,
+            preload=PRELOAD,
         )
         # By name: importing it here would load torch into the actor, too.
         self._connection, self._supervisor = fork_server.start_connected(
@@ -393,6 +397,8 @@ class ElasticAgent:
         if self._ready is None:
             ready: Ready = self._answer()
             self._ready = ready
+            if ready.refused:
+                raise PreloadRefusedError(ready.refused)
             if ready.missing:
                 logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
 

@@ -12,6 +12,9 @@ from kfpytorch_ray.plan import LaunchPlan
 
 logger = logging.getLogger(__name__)
 
+PRELOAD_VARIABLE = "KFPYTORCH_RAY_PRELOAD"
+"""Tells a fork server of the user's modules, in JSON: their names and where they are. Its forks do not have it."""
+
 NEVER_CARRIED = (
     "PATH",
     "PYTHONPATH",

@@ -26,12 +26,12 @@ from kfpytorch_ray.cluster.answers import Answers
 from kfpytorch_ray.cluster.inspection import NAMESPACE, AgentName
 from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
-from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, SupervisorLostError
+from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, PreloadRefusedError, SupervisorLostError
 from kfpytorch_ray.cluster.pulse import Pulse
 from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
-from kfpytorch_ray.errors import LaunchError, explain
+from kfpytorch_ray.errors import ConfigError, LaunchError, explain
 from kfpytorch_ray.live.view import Live
 from kfpytorch_ray.report.data import Activity
 
@@ -181,6 +181,7 @@ class Membership:
         """Start agents where nodes were placed, take in those that are ready, give up those that are gone.
 
         Raises:
+            ConfigError: A module cannot be preloaded.
             LaunchError: An agent cannot start, and another would not either.
         """
         self._take_in()
@@ -284,6 +285,7 @@ class Membership:
             return
         members = [*self._members.values()]
         self._members = {}
+        self._loading = {}
         try:
             self._pulse.close()
             if endings := {member.handle.shutdown.remote(): member for member in members}:
@@ -334,13 +336,15 @@ class Membership:
 
     def _take_in(self, timeout_s: float = 0.0) -> None:
         for ref in self._loaded.take(timeout_s):
-            member = self._loading.pop(ref)
-            if not self.has(member):
+            member = self._loading.pop(ref, None)
+            if member is None:
                 continue
             try:
                 facts = ray.get(ref)
             except SupervisorLostError:
                 self.lose(member, "its supervisor process died")
+            except PreloadRefusedError as error:
+                raise _not_to_be_preloaded(error) from error
             except RayError as error:
                 by_itself = isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False)
                 if by_itself and not self.settled:
@@ -378,6 +382,8 @@ class Membership:
         self._pulse.forget(member.number)
         self._output.give_up(member.number)
         self._live.forget(member.number)
+        # Should Ray lose the kill, the actor ends when nobody has a handle of it any more.
+        self._loading = {ref: other for ref, other in self._loading.items() if other is not member}
         del self._members[member.slot.index]
         self._recorder.agent_gone(member.number)
         self._reservation.lost(member.slot.index, gone=gone)
@@ -401,6 +407,17 @@ def agents_on(reservation: Reservation, min_nodes: int, silence_timeout_s: float
         yield membership
     finally:
         membership.end()
+
+
+def _not_to_be_preloaded(error: PreloadRefusedError) -> ConfigError:
+    return ConfigError(
+        "RayBackend",
+        tuple(
+            f"preload: {name!r} {what}, which a fork of the process does not have: take it out of preload, and each "
+            "worker imports it itself"
+            for name, what in error.refused.items()
+        ),
+    )
 
 
 def _answered(ref: Any) -> bool:

@@ -74,7 +74,11 @@ class AgentSetup:
         What modules may have read while they were imported, and what agents were built for, has to be the same.
         """
         ours, theirs = (
-            (one.nproc_per_node, one.environment, one.preload, one.silence_timeout_s) for one in (self, other)
+            (
+                *(one.nproc_per_node, one.environment, one.silence_timeout_s, one.preload),
+                one.sys_path if one.preload else (),
+            )
+            for one in (self, other)
         )
         return ours == theirs
 
@@ -226,9 +230,15 @@ class SupervisorSetup:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """First word of a supervisor: the fork server is warm, but for these modules."""
+    """First word of a supervisor: the fork server is warm.
+
+    Attributes:
+        missing: But for these modules, which could not be imported.
+        refused: Modules that no fork can have, and why; then it is of no use.
+    """
 
     missing: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +300,18 @@ class Failed:
     """Answer to a request that raised in the supervisor."""
 
     traceback: str
+
+
+class PreloadRefusedError(Exception):
+    """A module that the user wants in the fork server cannot be in one.
+
+    Args:
+        refused: Modules, and what each does.
+    """
+
+    def __init__(self, refused: Mapping[str, str]) -> None:
+        super().__init__(refused)
+        self.refused = refused
 
 
 class SupervisorLostError(Exception):

@@ -19,6 +19,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from kfpytorch_ray import rank_decks
+from kfpytorch_ray.cluster import preloading
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
 from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
 from kfpytorch_ray.cluster.guardian import kill_all, strays
@@ -59,7 +60,7 @@ def main(connection: Connection, given: SupervisorSetup) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     missing = tuple(name for name in given.preload if name not in sys.modules)
-    connection.send(Ready(missing))
+    connection.send(Ready((*missing, *preloading.MISSING), preloading.REFUSED))
     supervisor = _Supervisor(connection, given)
     with contextlib.suppress(EOFError):
         while not isinstance(request := connection.recv(), Shutdown):

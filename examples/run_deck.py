@@ -8,6 +8,7 @@ and training goes on from the last checkpoint; in the second it does so again an
 """
 
 import argparse
+import io
 import os
 import shutil
 from pathlib import Path
@@ -42,7 +43,8 @@ def train(stays_broken: bool) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     first = 0
     if (saved := checkpoint.read()) is not None:
-        first = int(saved)
+        first, state = torch.load(io.BytesIO(saved))
+        model.load_state_dict(state)
     restarted = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
     for epoch in range(first, EPOCHS):
         labels = read_labels(epoch, broken=stays_broken or not restarted)
@@ -53,10 +55,12 @@ def train(stays_broken: bool) -> float:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world
         optimizer.step()
-        progress(epoch)
+        progress(epoch, total=EPOCHS, loss=float(loss))
         if rank == 0:
             print(f"epoch {epoch}: loss {loss:.3f}", flush=True)
-            checkpoint.write(str(epoch + 1).encode())
+            buffer = io.BytesIO()
+            torch.save((epoch + 1, model.state_dict()), buffer)
+            checkpoint.write(buffer.getvalue())
     return float((model(images).argmax(1) == torch.from_numpy(load_digits().target)).float().mean())
 
 

@@ -182,7 +182,8 @@ class RayRunOptions(CallOptions):
     Args:
         runtime_env: Ray's runtime environment of the job: ``pip``, ``py_modules``, ``env_vars`` and the rest, in Ray's
             words, but for ``working_dir`` and ``excludes``. Ray's dashboard shows it: secrets belong into ``env``.
-        preload: Modules that the fork server imports before the first worker, besides torch and flytekit.
+        preload: Modules that the fork server imports before the first worker, besides torch and flytekit; such as
+            ``("transformers",)``. One that starts threads or uses a GPU while it is imported is refused.
         max_node_failures: Lost agents and nodes after which the task fails, counted apart from ``max_restarts``.
             Nodes that Ray drains (pre-emption) do not count.
         silence_timeout_s: Seconds without an answer after which a node counts as lost. A node that hears nothing from

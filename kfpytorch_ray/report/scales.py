@@ -63,7 +63,7 @@ def time_ticks(seconds: float) -> tuple[Tick, ...]:
 
 
 def top_of(largest: float, *, binary: bool = False) -> float:
-    """A round value no smaller than ``largest``, where an axis may end: 1, 2, 4, 5 or 8 times a power.
+    """A round value no smaller than ``largest``, where an axis may end: 1, 2, 3, 4, 5, 6 or 8 times a power.
 
     Args:
         largest: What the axis has to hold.
@@ -73,7 +73,7 @@ def top_of(largest: float, *, binary: bool = False) -> float:
         return 1.0
     base = 1024.0 if binary else 10.0
     power = base ** math.floor(math.log(largest, base))
-    factors = [2.0**exponent for exponent in range(11)] if binary else [1, 2, 4, 5, 8, 10]
+    factors = [2.0**exponent for exponent in range(11)] if binary else [1, 2, 3, 4, 5, 6, 8, 10]
     if binary:
         factors += [3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 192.0, 384.0, 768.0]
     return min(factor * power for factor in factors if factor * power >= largest * 0.9999)

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """The browser, which is Debian's package ``chromium`` and not one that playwright would download."""
+    """The browser, which is Debian's package ``chromium`` and not one that playwright would download.
+
+    Of one module only: while it is there, this thread has an event loop, which other tests could not do with.
+    """
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")

@@ -287,7 +287,7 @@ def test_durations_are_said_shortly(seconds: float, text: str) -> None:
 
 def test_axes_end_at_round_values() -> None:
     """Ends hold what is drawn and are round: in tens, or in powers of two for bytes."""
-    assert [top_of(value) for value in (0, 0.3, 97, 101, 430)] == [1.0, 0.4, 100, 200, 500]
+    assert [top_of(value) for value in (0, 0.35, 2.3, 97, 101, 430)] == [1.0, 0.4, 3, 100, 200, 500]
     assert [memory(top_of(value * 2**20, binary=True)) for value in (700, 1500, 90_000)] == [
         "768 MiB",
         "2 GiB",

@@ -121,7 +121,7 @@ from flytekit import task
 from kfpytorch_ray import Elastic, KubeRayBackend, launch
 from kuberay_trainings import hold
 
-backend = KubeRayBackend(image="registry.example/train:1", namespace={namespace!r}, cluster={cluster!r})
+backend = KubeRayBackend(image="registry.example/train:1", namespace={namespace!r}, cluster={cluster!r}, logs="all")
 
 @task(task_config=Elastic(nnodes=2, nproc_per_node=1, backend=backend))
 def work(folder: str) -> str:

@@ -172,7 +172,7 @@ from kfpytorch_ray import Elastic, KubeflowBackend, launch
 from pytorchjob_trainings import hold
 
 backend = KubeflowBackend(image="registry.example/train:1", namespace={namespace!r})
-elastic = Elastic(nnodes=2, start_method="fork", monitor_interval=1, backend=backend)
+elastic = Elastic(nnodes=1, nproc_per_node=2, start_method="fork", monitor_interval=1, backend=backend)
 
 @task(task_config=elastic)
 def work(folder: str) -> str:

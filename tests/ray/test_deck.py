@@ -13,7 +13,7 @@ from flytekit.exceptions.user import FlyteUserRuntimeException
 
 from kfpytorch_ray import Elastic, PlacementError, RayBackend, WorkerFailedError, launch
 from kfpytorch_ray.report.breakdown import segments
-from kfpytorch_ray.report.data import Activity, ReportedRound, RunReport
+from kfpytorch_ray.report.data import Activity, Metric, ReportedRound, RunReport
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -29,10 +29,14 @@ def train(recovers: bool) -> tuple[float, float]:
 
     import flytekit
 
+    import kfpytorch_ray
+
     began = time.time()
     rank, restarts = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     flytekit.Deck("curve", f"<p>rank {rank}, round {restarts}</p>")
     print(f"rank {rank} begins", flush=True)
+    for step in range(3):
+        kfpytorch_ray.progress(step, total=3, loss=3.0 - step - int(rank))
     while time.time() < began + BUSY_S:
         sum(range(10_000))
     if restarts == "1" and recovers:
@@ -139,6 +143,7 @@ def test_a_run_that_recovers_is_told_as_it_was(tmp_path: Path) -> None:
     assert_in_order(report)
     assert_sampled(report)
     assert_decks(report, 1)
+    assert [one.metrics for one in report.rounds] == [(Metric("loss", 0, ((0, 3.0), (1, 2.0), (2, 1.0))),)] * 2
     for rank in second.ranks:
         # The functions' own word of when they ran.
         began, ended = result[rank.rank].return_value

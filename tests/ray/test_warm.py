@@ -15,7 +15,7 @@ import ray
 
 from kfpytorch_ray import Elastic, ElasticResult, RayBackend, launch
 from kfpytorch_ray.cluster import warm
-from kfpytorch_ray.errors import WorkerFailedError
+from kfpytorch_ray.errors import ConfigError, WorkerFailedError
 from kfpytorch_ray.testing import running_agents, wait_until
 from kfpytorch_ray.testing.processes import all_processes, command, is_running
 
@@ -223,3 +223,18 @@ def test_a_driver_that_leaves_takes_its_agents_along() -> None:
     )
     assert int(done.stdout.split()[-1]) > 0
     wait_until(lambda: not agents() and free_cpus() == 8, "its agents to end")
+
+
+def test_preloaded_modules_are_there_and_dangerous_ones_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker finds them imported; what starts threads is no agent's fault but a mistake in the options."""
+    (tmp_path / "heavy_module.py").write_text("")
+    (tmp_path / "busy_module.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait, name='busy', daemon=True).start()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert launched(lambda: "heavy_module" in sys.modules, preload=("heavy_module",))[1].return_value
+    assert not launched(lambda: "heavy_module" in sys.modules)[1].return_value
+    with pytest.raises(ConfigError, match=r"preload: 'busy_module' starts threads while it is imported \(busy\)"):
+        launched(rank, preload=("heavy_module", "busy_module"))
