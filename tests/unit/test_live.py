@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -243,7 +244,28 @@ def test_steps_are_not_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     live.round(0, 3, 2, 4)
     for step in range(100):
         live.heard(0, 0, 2, [point(step)])
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    live.close("succeeded")
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_blocked_terminal_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that takes agents' pulses tells what they answer: held up, it would have them end."""
+    let_go = threading.Event()
+
+    class Blocked(io.StringIO):
+        def write(self, text: str) -> int:
+            assert let_go.wait(60)
+            return super().write(text)
+
+    stream = Blocked()
+    monkeypatch.setattr(sys, "stderr", stream)
+    live = Live("train", "run", Plain(steps_s=0.0))
+    for index in range(3):
+        live.round(index, 3, 1, 1)
+        live.heard(0, index, 1, [point(1, index)])
+    let_go.set()
+    live.close("succeeded")
+    assert len(stream.getvalue().splitlines()) == 7
 
 
 class Tty(io.StringIO):
