@@ -9,7 +9,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# Much of their time the tests wait. A file stays in one process, which has a cluster of its own.
+# Much of their time the tests wait. A file stays in one process, which has a cluster of its own. The contract tests fork
+# the process that they run in (start_method="fork"), so they get one that has not loaded what all others need.
 TEST_PROCESSES ?= 3
 CHAOS_PROCESSES ?= 2
 KUBE ?= $(abspath ../shared/kube)
@@ -39,7 +40,8 @@ demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 	$(BIN)/python examples/digits.py
 
 test: $(INSTALLED) ## Run all tests but those of test-flyte and test-kubernetes
-	$(BIN)/pytest --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
+	$(BIN)/pytest tests/contract -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/pytest --ignore tests/contract --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
 	$(CHAOS) --chaos-runs 1
 
 test-flyte: $(INSTALLED) ## Run the commands that Flyte would run, on a real Ray and as the pods of a PyTorchJob
