@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 
 # Much of their time the tests wait. A file stays in one process, which has a cluster of its own. The contract tests fork
 # the process that they run in (start_method="fork"), so they get one that has not loaded what all others need.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 CHAOS_PROCESSES ?= 2
 KUBE ?= $(abspath ../shared/kube)
 CHAOS_RUNS ?= 20
