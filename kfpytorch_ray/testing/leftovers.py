@@ -59,7 +59,7 @@ class Leftovers:
         processes = {process for process, mark in marked.items() if mark in own} | _agents(temp_dir)
         groups, actors = _held_by_ray()
         return cls(
-            processes=frozenset(f"{process}: {command(process) or 'ended'}" for process in processes),
+            processes=frozenset(f"{process}: {_name(process)}" for process in processes),
             files=frozenset(files - foreign),
             placement_groups=groups,
             actors=actors,
@@ -134,6 +134,12 @@ def _agents(temp_dir: str | None) -> set[int]:
         if command(process).startswith(_AGENT_TITLE)
         and (temp_dir is None or environment(parent(process)).get("TMPDIR", temp_dir) == temp_dir)
     }
+
+
+def _name(process: int) -> str:
+    """The command line; of an agent without the method that it runs just now."""
+    said = command(process) or "ended"
+    return _AGENT_TITLE if said.startswith(_AGENT_TITLE) else said
 
 
 def _is_under(temp_dir: str, mark: str) -> bool:

@@ -90,7 +90,7 @@ def assert_sampled(report: RunReport) -> None:
             found = [sample for sample in of.samples if sample.round_index == one.index]
             assert len(found) >= 2, (of.rank, one.index)
             assert all(rank.started_at < sample.at < rank.ended_at for sample in found)
-            assert max(sample.cpu_percent for sample in found) > 5
+            assert max(sample.cpu_percent for sample in found) > 0
             assert all(sample.memory_bytes > 50 * 2**20 for sample in found)
 
 
