@@ -40,7 +40,7 @@ demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 	$(BIN)/python examples/digits.py
 
 test: $(INSTALLED) ## Run all tests but those of test-flyte and test-kubernetes
-	$(BIN)/pytest tests/contract -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/pytest tests/contract
 	$(BIN)/pytest --ignore tests/contract --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
 	$(CHAOS) --chaos-runs 1
 
