@@ -11,12 +11,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from kfpytorch_ray.cluster.causes import failures, root_cause
 from kfpytorch_ray.cluster.limits import Budgets, Spent
 from kfpytorch_ray.cluster.protocol import NodeReport
 from kfpytorch_ray.cluster.sampling import RankSample, installed_versions
+from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.report.data import (
     Activity,
     Budget,
@@ -187,21 +187,7 @@ def reported_round(record: RoundRecord, agents: Sequence[int]) -> ReportedRound:
     )
 
 
-class Told(Protocol):
-    """What rank 0 told by one call of ``progress()``."""
-
-    @property
-    def step(self) -> int:
-        """As the function counts it."""
-        ...
-
-    @property
-    def values(self) -> Mapping[str, float]:
-        """Metrics by name."""
-        ...
-
-
-def metrics_of(points: Iterable[Told]) -> tuple[Metric, ...]:
+def metrics_of(points: Iterable[MetricPoint]) -> tuple[Metric, ...]:
     """Rank 0's metrics in one round, in the order in which they were first told; a call need not tell all of them."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for point in points:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +10,7 @@ from kfpytorch_ray.cluster.limits import Budgets, Spent
 from kfpytorch_ray.cluster.protocol import NodeReport
 from kfpytorch_ray.cluster.recording import MOST_SAMPLES, Recorder, metrics_of, report_of_rounds
 from kfpytorch_ray.errors import LaunchError, NodeLostError
+from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.report.breakdown import segments
 from kfpytorch_ray.report.data import Activity, Metric, NodeFacts, RankDeck, Sample
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
@@ -151,18 +151,8 @@ def test_samples_of_a_long_run_are_thinned_out() -> None:
 
 def test_what_rank_0_told_becomes_curves() -> None:
     """A curve for each metric, over the step; a call need not tell all of them."""
-
-    @dataclass(frozen=True)
-    class Point:
-        step: int
-        values: Mapping[str, float]
-
-    points = [
-        Point(0, {"loss": 2.0}),
-        Point(5, {"loss": 1.0, "accuracy": 0.5}),
-        Point(10, {}),
-        Point(15, {"loss": 0.5}),
-    ]
+    told = [(0, {"loss": 2.0}), (5, {"loss": 1.0, "accuracy": 0.5}), (10, {}), (15, {"loss": 0.5})]
+    points = [MetricPoint(0, number, step, 0.0, values=values) for number, (step, values) in enumerate(told)]
     assert metrics_of(points) == (
         Metric("loss", 0, ((0, 2.0), (5, 1.0), (15, 0.5))),
         Metric("accuracy", 0, ((5, 0.5),)),
