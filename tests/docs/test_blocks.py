@@ -95,10 +95,28 @@ OURS = [
 
 
 @pytest.mark.parametrize("words", OURS, ids=" ".join)
-def test_the_command_line_takes_the_command(words: list[str]) -> None:
+def test_the_command_line_takes_the_command(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command exists, its options too, and no argument is missing."""
+    # Which certificates they are is not looked at.
+    (tmp_path / "ca.pem").touch()
+    monkeypatch.chdir(tmp_path)
     name, *rest = words
     main.commands[name].make_context(name, rest, parent=click.Context(main))
+
+
+def test_what_is_rendered_is_shown(tmp_path: Path) -> None:
+    """The commands that need no cluster and write nothing are run, one after the other, where the examples are."""
+    rendered = sorted({tuple(words) for words in OURS if words[0] == "render"})
+    lines = [f"main({list(words)}, standalone_mode=False)" for words in rendered]
+    code = "\n".join(["from kfpytorch_ray.cli.group import main", *lines])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment_of_a_reader(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kinds = re.findall(r"^kind: (\w+)$", done.stdout, re.MULTILINE)
+    assert len(kinds) == len(rendered)
+    assert set(kinds) == {"RayJob", "PyTorchJob"}
 
 
 def test_a_command_that_is_wrong_is_found() -> None:

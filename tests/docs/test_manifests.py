@@ -46,10 +46,10 @@ def test_an_unknown_field_is_found() -> None:
 
 def unknown_fields(model: str, value: Any, path: str = "") -> list[str]:
     """Paths of what a model of the official client does not have."""
-    if listed := re.fullmatch(r"list\[(.+)\]", model):
+    if listed := re.fullmatch(r"[Ll]ist\[(.+)\]", model):
         return [found for item in value for found in unknown_fields(listed[1], item, path)]
-    if mapped := re.fullmatch(r"dict\(str, (.+)\)|dict\[str, (.+)\]", model):
-        return [found for item in value.values() for found in unknown_fields(mapped[1] or mapped[2], item, path)]
+    if mapped := re.fullmatch(r"[Dd]ict[\[(]str, (.+)[\])]", model):
+        return [found for item in value.values() for found in unknown_fields(mapped[1], item, path)]
     known = getattr(client, model, None)
     if known is None or not hasattr(known, "attribute_map"):
         return []

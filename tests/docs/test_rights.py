@@ -21,14 +21,17 @@ import pytest
 import yaml
 from blocks import blocks
 
+from kfpytorch_ray.adapters.kuberay import KubeRayAdapter
 from kfpytorch_ray.cluster.kube.client import Namespace
 from kfpytorch_ray.cluster.kube.existing import may_grow
 from kfpytorch_ray.cluster.kube.kinds import PYTORCH_JOB, RAY_JOB
 from kfpytorch_ray.cluster.kube.kuberay_job import KubeRayJob
 from kfpytorch_ray.cluster.kube.preflight import check_pytorch_job, check_ray_job
 from kfpytorch_ray.cluster.kube.pytorch_job import PyTorchJob
-from kfpytorch_ray.config import KubeRayBackend
+from kfpytorch_ray.config import Elastic, KubeRayBackend
 from kfpytorch_ray.storage import Storage
+from kfpytorch_ray.task_arguments import TaskArguments
+from kfpytorch_ray.testing import wait_until
 
 Right = tuple[str, str, str]
 """Group of an API, resource, verb."""
@@ -78,7 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _told(self, resource: str, name: str | None) -> dict[str, Any]:
         metadata = {"name": name or RUN, "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z"}
         if resource == "customresourcedefinitions":
-            return {"spec": {"versions": [{"name": "v1", "schema": {"openAPIV3Schema": {"type": "object"}}}]}}
+            schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+            return {"spec": {"versions": [{"name": "v1", "schema": {"openAPIV3Schema": schema}}]}}
         if resource == "pods":
             running = {"phase": "Running", "containerStatuses": [_container()]}
             pod = {"metadata": metadata, "spec": {"containers": []}, "status": running}
@@ -146,13 +150,15 @@ def test_the_role_allows_what_the_code_asks_for_and_no_more(
     server: Recorder, namespace: Namespace, tmp_path: Path
 ) -> None:
     """From the checks before a launch to its end, on both operators."""
-    use_all(namespace, Storage(str(tmp_path / "run")))
+    use_all(server, namespace, Storage(str(tmp_path / "run")))
     assert server.asked == rights("Role") | rights("ClusterRole")
 
 
-def use_all(namespace: Namespace, folder: Storage) -> None:
+def use_all(server: Recorder, namespace: Namespace, folder: Storage) -> None:
     """What adapters do with a namespace."""
-    check_ray_job(KubeRayBackend(cluster="shared"), {"metadata": {"name": RUN}, "spec": {}}, namespace)
+    options = KubeRayBackend(cluster="shared")
+    (draft,) = KubeRayAdapter(options).kubernetes_manifests(Elastic(), TaskArguments())
+    check_ray_job(options, draft, namespace)
     check_pytorch_job({"metadata": {"name": RUN}}, namespace)
     may_grow(namespace, "shared")
     jobs = (KubeRayJob(namespace, RUN, 60.0), PyTorchJob(namespace, RUN, "train", folder, 60.0))
@@ -160,19 +166,20 @@ def use_all(namespace: Namespace, folder: Storage) -> None:
         namespace.create(kind, {"metadata": {"name": RUN}})
         job.look()
         job.log()
+        with job.followed():
+            job.look()
+            wait_until(
+                lambda kind=kind: {(kind.group, kind.plural, "watch"), ("", "pods", "watch")} <= server.asked, "watches"
+            )
         with contextlib.suppress(TimeoutError):
             # It never goes away here.
             job.stop(0.2)
         job.forget()
-        pods = namespace.pods_of("a=b")
-        with pods.watch(pods.list()[1], 1.0) as watch:
-            assert list(watch) == []
     namespace.warnings_of({RUN})
 
 
 def test_there_is_nothing_else_that_asks() -> None:
     """Every method of a namespace is used above: by its name there, or by the jobs and checks that are."""
     asks = {name for name, _ in inspect.getmembers(Namespace, inspect.isfunction) if not name.startswith("_")}
-    assert asks == {
-        "changes", "create", "definition", "delete", "get", "log", "log_stream", "named", "pods", "pods_of", "warnings_of"
-    }  # fmt: skip
+    used = "changes create definition delete get log log_stream named pods pods_of warnings_of"
+    assert asks == set(used.split())
