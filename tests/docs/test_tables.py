@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tomllib
 from blocks import ROOT, code_spans, table
+from flytekit import Resources
 
 import kfpytorch_ray
 from kfpytorch_ray.backends import choose_backend, load_adapter
@@ -46,17 +47,17 @@ def pytorch(**fields: Any) -> PyTorch:
 
 
 TRIALS = {
-    "Elastic.rdzv_configs": (Elastic(rdzv_configs={"read_timeout": 9}), {}),
-    "Elastic.start_method": (Elastic(start_method="fork"), {}),
-    "Elastic.increase_shared_mem": (Elastic(increase_shared_mem=False), {}),
-    "Master.image": (pytorch(master=Master(image="i")), {}),
-    "Worker.image": (PyTorch(worker=Worker(replicas=1, image="i")), {}),
-    "Worker.replicas": (pytorch(), {}),
-    "RunPolicy.clean_pod_policy": (Elastic(run_policy=RunPolicy(clean_pod_policy=CleanPodPolicy.ALL)), {}),
-    "RunPolicy.ttl_seconds_after_finished": (Elastic(run_policy=RunPolicy(ttl_seconds_after_finished=9)), {}),
-    "RunPolicy.active_deadline_seconds": (Elastic(run_policy=RunPolicy(active_deadline_seconds=9)), {}),
-    "RunPolicy.backoff_limit": (Elastic(run_policy=RunPolicy(backoff_limit=9)), {}),
-    "RestartPolicy.ALWAYS": (pytorch(master=Master(restart_policy=RestartPolicy.ALWAYS)), {}),
+    "Elastic.rdzv_configs": Elastic(rdzv_configs={"read_timeout": 9}),
+    "Elastic.start_method": Elastic(start_method="fork"),
+    "Elastic.increase_shared_mem": Elastic(increase_shared_mem=False),
+    "Master.image": pytorch(master=Master(image="i")),
+    "Worker.image": PyTorch(worker=Worker(replicas=1, image="i")),
+    "Worker.replicas": pytorch(),
+    "RunPolicy.clean_pod_policy": Elastic(run_policy=RunPolicy(clean_pod_policy=CleanPodPolicy.ALL)),
+    "RunPolicy.ttl_seconds_after_finished": Elastic(run_policy=RunPolicy(ttl_seconds_after_finished=9)),
+    "RunPolicy.active_deadline_seconds": Elastic(run_policy=RunPolicy(active_deadline_seconds=9)),
+    "RunPolicy.backoff_limit": Elastic(run_policy=RunPolicy(backoff_limit=9)),
+    "RestartPolicy.ALWAYS": pytorch(master=Master(restart_policy=RestartPolicy.ALWAYS)),
 }
 
 
@@ -64,7 +65,7 @@ TRIALS = {
 @pytest.mark.parametrize("field", TRIALS)
 def test_what_is_said_to_be_refused_or_warned_of_is(field: str, column: int, backend: str) -> None:
     """A cell says "error" or "warning" where the backend's check does, and nowhere else."""
-    config, _ = TRIALS[field]
+    config = TRIALS[field]
     cell = FIELDS[field][column]
     said = FIELDS[field][1] if cell.startswith(("as `ray`", "likewise")) else cell
     found = load_adapter(choose_backend(backend)).check(config)
@@ -73,18 +74,17 @@ def test_what_is_said_to_be_refused_or_warned_of_is(field: str, column: int, bac
     assert any(name in warning for warning in found.warnings) == ("warning" in said), (said, found)
 
 
-def test_two_ways_to_give_a_nodes_resources_are_refused() -> None:
+@pytest.mark.parametrize("role", ["Master", "Worker"])
+def test_two_ways_to_give_a_nodes_resources_are_refused(role: str) -> None:
     """As the rows of a master's and a worker's requests say."""
-    options = RayBackend(resources_per_node={"CPU": 1})
-    for config in (pytorch(master=Master(requests=kfpytorch_ray_resources())),):
-        assert "resources_per_node" in str(load_adapter(choose_backend(options)).check(config).problems)
-    assert all("resources_per_node" in FIELDS[f"{role}.requests"][1] for role in ("Master", "Worker"))
-
-
-def kfpytorch_ray_resources() -> Any:
-    from flytekit import Resources
-
-    return Resources(cpu="1")
+    asked = Resources(cpu="1")
+    config = {
+        "Master": pytorch(master=Master(requests=asked)),
+        "Worker": PyTorch(worker=Worker(replicas=1, requests=asked)),
+    }[role]
+    adapter = load_adapter(choose_backend(RayBackend(resources_per_node={"CPU": 1})))
+    assert "resources_per_node" in str(adapter.check(config).problems)
+    assert "an error together with `resources_per_node`" in FIELDS[f"{role}.requests"][1]
 
 
 def test_every_error_is_listed_with_whether_it_may_be_retried() -> None:
@@ -113,8 +113,6 @@ def test_versions_are_those_of_the_tests() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *project["optional-dependencies"]["test"]]
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    for package, (_, span), version in (
-        (row[0], ("", code_spans(row[1])[0]), row[2]) for row in table("docs/operations.md", "| package |")
-    ):
-        assert f"{package}{span}" in asked
+    for package, span, version in table("docs/operations.md", "| package |"):
+        assert f"{package}{span.strip('`')}" in asked
         assert version == tested[package]
