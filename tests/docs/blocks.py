@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -71,6 +73,18 @@ def table(document: str, head: str) -> list[list[str]]:
     text = (ROOT / document).read_text(encoding="utf-8")
     (rows,) = re.findall(rf"^{re.escape(head)}.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
     return [[cell.strip() for cell in row.strip().strip("|").split(" | ")] for row in rows.splitlines()]
+
+
+def rules(kind: str) -> list[tuple[str, str, list[str]]]:
+    """Group, resource and verbs of every rule in the one manifest of this kind: a Role, a ClusterRole."""
+    manifests = [one for block in blocks("yaml") for one in yaml.safe_load_all(block.code) if one.get("kind") == kind]
+    (manifest,) = manifests
+    return [
+        (group, resource, rule["verbs"])
+        for rule in manifest["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    ]
 
 
 def code_spans(text: str) -> list[str]:

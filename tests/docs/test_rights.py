@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from blocks import blocks
+from blocks import rules
 
 from kfpytorch_ray.adapters.kuberay import KubeRayAdapter
 from kfpytorch_ray.cluster.kube.client import Namespace
@@ -135,15 +135,7 @@ def namespace(server: Recorder, tmp_path: Path) -> Namespace:
 
 def rights(kind: str) -> set[Right]:
     """What the manifest of this kind in operations.md allows."""
-    found = [one for block in blocks("yaml") for one in yaml.safe_load_all(block.code) if one.get("kind") == kind]
-    (manifest,) = found
-    return {
-        (group, resource, verb)
-        for rule in manifest["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
+    return {(group, resource, verb) for group, resource, verbs in rules(kind) for verb in verbs}
 
 
 def test_the_role_allows_what_the_code_asks_for_and_no_more(
