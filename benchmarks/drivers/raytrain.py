@@ -63,7 +63,7 @@ def start(folder: str) -> dict[str, float]:
 def restart(folder: str) -> float:
     """Seconds from SIGKILL of a rank to the first line of all ranks in the next round."""
     _ray()
-    _fit("one_dies", folder, WORKERS, failures=1)
+    _fit("one_dies", folder, WORKERS, failures=3)
     (killed,) = wait_for(folder, "kill", 1)
     return wait_for(folder, "user-line", WORKERS, after=killed.at)[-1].at - killed.at
 
@@ -93,7 +93,7 @@ def lost_node(folder: str) -> dict[str, float]:
 
         killer = threading.Thread(target=kill)
         killer.start()
-        _fit("until_told", folder, 3, failures=1, placement_strategy="SPREAD")
+        _fit("until_told", folder, 3, failures=3, placement_strategy="SPREAD")
         killer.join()
     line = wait_for(folder, "user-line", 3, after=times["kill"])[-1].at
     return {"whole": line - times["kill"], "reported": line - times["reported"]}
