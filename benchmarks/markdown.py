@@ -1,4 +1,4 @@
-"""``python -m benchmarks.markdown FILE``: what ``make bench`` has written into a JSON file, as a table of the README."""
+"""``python -m benchmarks.markdown FILE``: the figures that ``make bench`` has written, as a table of the README."""
 
 from __future__ import annotations
 
