@@ -3,14 +3,15 @@
     python examples/elastic_digits.py
 
 Two nodes with a worker each learn scikit-learn's handwritten digits on a Ray that is started here. In the middle of it
-rank 1 is killed by SIGKILL, as the kernel does to a process when memory runs out. All ranks start again within a second,
-read the last checkpoint, and go on with the epoch that was interrupted. On a cluster, where nodes come and go,
-nnodes="1:2" also means: go on with one node when the other is lost, and take it in again when it is back.
+rank 1 is killed by SIGKILL, as the kernel does to a process when memory runs out. All ranks start again at once, read
+the last checkpoint, and go on with the epoch that was interrupted. On a cluster, where nodes come and go, nnodes="1:2"
+also means: go on with one node when the other is lost, and take it in again when it is back.
 """
 
 import io
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def main() -> None:
         ends = ", ".join(f"rank {rank.rank} {rank.outcome.value}" for rank in record.ranks)
         print(f"round {number}: {ends}")
     print(f"accuracy: {result[0].return_value:.3f}")
-    print(f"deck: {result.save_html(Path('elastic_digits.html')).resolve()}")
+    print(f"deck: {result.save_html(Path(tempfile.gettempdir(), 'elastic_digits.html'))}")
 
 
 if __name__ == "__main__":
