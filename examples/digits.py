@@ -117,7 +117,7 @@ def loss_curve(losses: list[float], accuracy: float) -> str:
     )
     return (
         f"<p>{len(losses)} epochs on {dist.get_world_size()} ranks; test accuracy {accuracy:.3f}</p>"
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">'
+        f'<svg viewBox="0 0 {width} {height}" style="max-width: {width}px" font-family="sans-serif" font-size="12">'
         f'<path d="M{margin},{margin} V{height - margin} H{width - margin}" fill="none" stroke="gray"/>'
         f'<polyline points="{points}" fill="none" stroke="steelblue" stroke-width="2"/>'
         f'<text x="4" y="{margin}">{top:.2f}</text><text x="4" y="{height - margin}">0</text>'
