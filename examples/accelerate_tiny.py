@@ -3,9 +3,10 @@
     pip install 'kfpytorch_ray[big-examples]'
     python examples/accelerate_tiny.py
 
-The model is a Vision Transformer that is made from its configuration alone, with random weights; it reads scikit-learn's
-8 x 8 digits as 16 patches. Accelerate finds rank and world size in the environment, which is torchrun's. The fork server
-of each agent loads both libraries once (preload), so that a restart after a failure does not wait for them again.
+The model is a Vision Transformer that is made from its configuration alone, with random weights; it reads
+scikit-learn's 8 x 8 digits as 16 patches. Accelerate finds rank and world size in the environment, which is torchrun's.
+The fork server of each agent loads both libraries once (preload), so that a restart after a failure does not wait for
+them again.
 """
 
 import torch

@@ -25,12 +25,12 @@ class Digits(lightning.LightningModule):
         super().__init__()
         self.network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch."""
         images, labels = batch
         return nn.functional.cross_entropy(self.network(images), labels)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count hits; sync_dist has the mean taken over all ranks."""
         images, labels = batch
         hits = (self.network(images).argmax(1) == labels).float().mean()

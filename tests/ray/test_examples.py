@@ -113,7 +113,8 @@ def test_each_trial_of_a_loop_trains_by_itself() -> None:
     """Three launches on the same agents; a rate that is too low is seen to be worse."""
     output = run("tuning_loop.py")
     trials = {
-        float(rate): float(accuracy) for rate, accuracy in re.findall(r"^learning rate (\S+): (\S+) ", output, re.M)
+        float(rate): float(accuracy)
+        for rate, accuracy in re.findall(r"^learning rate (\S+): (\S+) ", output, re.MULTILINE)
     }
     assert list(trials) == [0.001, 0.01, 0.1]
     assert trials[0.001] < trials[0.01]
