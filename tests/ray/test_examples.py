@@ -99,14 +99,14 @@ def past_epoch(epoch: int, example: subprocess.Popen[str]) -> list[RunningRank]:
     return [rank for rank in ranks_of(example) if rank.step is not None and rank.step >= epoch]
 
 
-def test_elastic_digits_go_on_after_the_kill(tmp_path: Path) -> None:
+def test_elastic_digits_go_on_after_the_kill(short_folder: str) -> None:
     """Rank 1 is killed at epoch 15; the second round begins there, ends accurate, and the deck shows both rounds."""
-    output = run("elastic_digits.py", TMPDIR=str(tmp_path))
+    output = run("elastic_digits.py", TMPDIR=short_folder)
     assert re.search(r"resumed from epoch 15 on 2 ranks$", output, re.MULTILINE), output
     assert re.search(r"^round 0: .*rank 1 killed$", output, re.MULTILINE), output
     assert "round 1: rank 0 succeeded, rank 1 succeeded" in output
     assert accuracy_in(output) >= 0.93
-    assert "SIGKILL" in (tmp_path / "elastic_digits.html").read_text()
+    assert "SIGKILL" in Path(short_folder, "elastic_digits.html").read_text()
 
 
 def test_each_trial_of_a_loop_trains_by_itself() -> None:
