@@ -20,6 +20,7 @@ _OWN = "kfpytorch_ray-*"
 _OF_LIBRARIES = ("pymp-*", "torch_*", "torchelastic_*")
 """What multiprocessing and torch leave. In a folder that the whole machine uses, nobody knows whose they are."""
 _AGENT_TITLE = "ray::ElasticAgent"
+_DEFAULT_TEMP_DIR = "/tmp"  # noqa: S108 - looked at, not written to
 
 
 @final
@@ -127,13 +128,17 @@ def left_after(before: Leftovers, temp_dir: str | None = None, timeout_s: float 
 
 
 def _agents(temp_dir: str | None) -> set[int]:
-    """The actors' own processes, which carry no mark. Titles are written over an environment, so the raylet's tells."""
-    return {
-        process
-        for process in all_processes()
-        if command(process).startswith(_AGENT_TITLE)
-        and (temp_dir is None or environment(parent(process)).get("TMPDIR", temp_dir) == temp_dir)
-    }
+    """The actors' own processes, which carry no mark."""
+    agents = {process for process in all_processes() if command(process).startswith(_AGENT_TITLE)}
+    return agents if temp_dir is None else {agent for agent in agents if _may_be_under(temp_dir, parent(agent))}
+
+
+def _may_be_under(temp_dir: str, raylet: int) -> bool:
+    """Whether a raylet has this temporary folder. An agent's title is written over what its own environment says."""
+    if "raylet" not in command(raylet):
+        # It has died: nobody knows any more whose the agent was.
+        return True
+    return environment(raylet).get("TMPDIR", _DEFAULT_TEMP_DIR) == temp_dir
 
 
 def _name(process: int) -> str:
