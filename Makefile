@@ -30,7 +30,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-flyte test-kubernetes bench chaos check format clean
+.PHONY: help demo test test-examples test-flyte test-kubernetes bench chaos check format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -41,6 +41,10 @@ demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 test: $(INSTALLED) ## Run all tests but those of test-flyte and test-kubernetes
 	$(BIN)/pytest --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
 	$(CHAOS) --chaos-runs 1
+
+test-examples: $(INSTALLED) ## Run the examples that need Lightning, Accelerate and transformers, which are installed for it
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[big-examples]'
+	$(BIN)/pytest tests/ray/test_examples.py -m big_examples
 
 test-flyte: $(INSTALLED) ## Run the commands that Flyte would run, on a real Ray and as the pods of a PyTorchJob
 	$(BIN)/pytest tests/flyte -n $(TEST_PROCESSES) --dist loadfile --durations 15
