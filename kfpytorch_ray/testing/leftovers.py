@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
 _OWN = "kfpytorch_ray-*"
 _OF_LIBRARIES = ("pymp-*", "torch_*", "torchelastic_*")
 """What multiprocessing and torch leave. In a folder that the whole machine uses, nobody knows whose they are."""
+_TORCH_FILE = re.compile(r"torch_(\d+)_")
 _AGENT_TITLE = "ray::ElasticAgent"
 
 
@@ -149,7 +151,17 @@ def _is_under(temp_dir: str, mark: str) -> bool:
 def _files(temp_dir: str | None) -> set[str]:
     everything = () if temp_dir is None else _OF_LIBRARIES
     places = ((temp_dir or tempfile.gettempdir(), (_OWN, *everything)), (SHARED_MEMORY, (_OWN, *everything)))
-    return {str(path) for folder, patterns in places for pattern in patterns for path in Path(folder).glob(pattern)}
+    found = {path for folder, patterns in places for pattern in patterns for path in Path(folder).glob(pattern)}
+    return {str(path) for path in found if temp_dir is None or not _is_anothers(path.name, temp_dir)}
+
+
+def _is_anothers(name: str, temp_dir: str) -> bool:
+    """Whether a process with another temporary folder has a file of torch's, whose name begins with its maker's id."""
+    owner = _TORCH_FILE.match(name)
+    if owner is None or not is_running(int(owner[1])):
+        return False
+    folder = environment(int(owner[1])).get("TMPDIR")
+    return folder is not None and not Path(folder).is_relative_to(temp_dir)
 
 
 def _held_by_ray() -> tuple[frozenset[str], frozenset[str]]:
