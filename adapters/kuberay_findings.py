@@ -12,6 +12,7 @@ from typing import Any
 from flytekit import PodTemplate, Resources
 
 from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, WORKER_CONTAINER
+from kfpytorch_ray.adapters.kuberay_manifest import deletion_rules
 from kfpytorch_ray.adapters.kubernetes_findings import (
     json_problems,
     kubernetes_option_problems,
@@ -120,7 +121,11 @@ def lost_without_flyte(config: JobConfig, options: KubeRayBackend, arguments: Ta
     """Every field that does not arrive, or means something else, in a RayJob that this process creates."""
     found = [*find(config, options).warnings]
     policy = config.run_policy
-    if policy is None or policy.ttl_seconds_after_finished is None:
+    ttl = policy.ttl_seconds_after_finished if policy else None
+    if deletion_rules(options):
+        if ttl is not None:
+            found.append("run_policy.ttl_seconds_after_finished has no effect: spec's deletionRules say what goes when")
+    elif ttl is None:
         found.append(
             f"run_policy.ttl_seconds_after_finished=None means {DEFAULT_TTL_S} s here, not for ever: an ended cluster "
             "holds its nodes"

@@ -21,6 +21,7 @@ _OWN = "kfpytorch_ray-*"
 _OF_LIBRARIES = ("pymp-*", "torch_*", "torchelastic_*")
 """What multiprocessing and torch leave. In a folder that the whole machine uses, nobody knows whose they are."""
 _TORCH_FILE = re.compile(r"torch_(\d+)_")
+_TEMP_DIR_OF_MACHINE = "/tmp"  # noqa: S108 - compared only
 _AGENT_TITLE = "ray::ElasticAgent"
 
 
@@ -133,9 +134,16 @@ def _agents(temp_dir: str | None) -> set[int]:
     return {
         process
         for process in all_processes()
-        if command(process).startswith(_AGENT_TITLE)
-        and (temp_dir is None or environment(parent(process)).get("TMPDIR", temp_dir) == temp_dir)
+        if command(process).startswith(_AGENT_TITLE) and temp_dir in (None, _temp_dir_of(parent(process)) or temp_dir)
     }
+
+
+def _temp_dir_of(raylet: int) -> str:
+    """The temporary folder of an agent's raylet; empty where that is gone, and another process adopted the agent."""
+    if "raylet" not in command(raylet):
+        return ""
+    # Without the variable it is the machine's.
+    return environment(raylet).get("TMPDIR", _TEMP_DIR_OF_MACHINE)
 
 
 def _name(process: int) -> str:
