@@ -15,7 +15,7 @@ from kfpytorch_ray.errors import KfpytorchRayError, explain
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
-_LONGEST_POLL_S = 0.5
+_LONGEST_POLL_S = 0.2
 _PART_OF_WAIT = 50
 """Pauses grow with the wait: who asks costs as much as what is waited for, and comes at most two per cent later."""
 _over: ContextVar[threading.Event | None] = ContextVar("over", default=None)
@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 12
     """Poll until a condition holds.
 
     Args:
-        condition: Asked every 20 ms at first, later every 500 ms, until what it returns is true.
+        condition: Asked every 20 ms at first, later every 200 ms, until what it returns is true.
         what: What is waited for, for the message.
         timeout_s: Longest wait; long enough that only a hang can reach it.
 

@@ -171,7 +171,6 @@ def test_a_deadline_ends_the_run(api: Api, namespace: str, trainings: ModuleType
 
 WORK = """
 from flytekit import task
-from shell import Shell
 from kfpytorch_ray import Elastic, KubeflowBackend, RunPolicy, launch
 from pytorchjob_trainings import hold
 
@@ -192,9 +191,13 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def shell(project: Path, backend: KubeflowBackend, monkeypatch: pytest.MonkeyPatch) -> Shell:
+def shell(
+    project: Path, backend: KubeflowBackend, shared_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Shell]:
     work = WORK.format(namespace=backend.namespace)
-    return Shell(project, "pytorchjob_trainings", work, backend, monkeypatch, LONG_S)
+    yield Shell(project, "pytorchjob_trainings", work, backend, monkeypatch, LONG_S)
+    # Of a test that fails, no rank may hold a node that the next one needs.
+    Path(shared_folder, "go").touch()
 
 
 def test_a_run_from_begin_to_end_by_the_command_line(
