@@ -41,6 +41,8 @@ class Shell:
         self._project = project
         self._timeout_s = timeout_s
         monkeypatch.setenv("KUBECONFIG", str(backend.kubeconfig))
+        # The official client reads the variable when it is imported, which it was in this process.
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(backend.kubeconfig))
         monkeypatch.setenv("KFPYTORCH_RAY_STORAGE", str(backend.storage))
         monkeypatch.setenv("PYTHONUNBUFFERED", "1")
         # For a control plane of tests, whose certificate nobody has signed.
