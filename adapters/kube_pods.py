@@ -23,7 +23,7 @@ DEFAULT_DEADLINE_S = 30 * 24 * 3600
 """For jobs that have none: pods that wait for each other hold their nodes, and before 1.7 KubeRay waits for ever for a
 job whose head pod was lost."""
 
-_KEYS = {"volumeMounts": "mountPath", "ports": "containerPort"}
+_KEYS = {"volumeMounts": "mountPath", "ports": "containerPort", "workerGroupSpecs": "groupName"}
 """By what the items of a list are told apart, where that is not their name."""
 
 

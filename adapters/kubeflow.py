@@ -33,7 +33,7 @@ from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfi
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.cluster.torch_elastic import launch_config, run_node
 from kfpytorch_ray.config import Elastic, KubeflowBackend
-from kfpytorch_ray.errors import ConfigError, KfpytorchRayError, ResultError
+from kfpytorch_ray.errors import ConfigError, KfpytorchRayError, ResultError, explain
 from kfpytorch_ray.flyte_worker import (
     UNPICKLABLE_MARKER,
     leave_marker,
@@ -59,9 +59,10 @@ logger = logging.getLogger(__name__)
 MULTI_NODE_TASK_TYPE = "pytorch"
 SINGLE_NODE_TASK_TYPE = "python-task"
 
-NEEDS_IMAGE = (
-    "a PyTorchJob that this process creates needs image='REGISTRY/NAME:TAG': what all pods run, with torch and "
-    "kfpytorch_ray in the versions of this machine"
+NEEDS_IMAGE = explain(
+    "no image is named.",
+    "Without Flyte this process creates the PyTorchJob, and all of its pods run one image.",
+    "Give KubeflowBackend(image='REGISTRY/NAME:TAG'); it has torch and kfpytorch_ray as this machine has them.",
 )
 
 
@@ -162,9 +163,10 @@ class KubeflowAdapter:
             KfpytorchRayError: As ``run``, but for what happens to the plan itself.
         """
         if not self._creates_job():
-            problem = (
-                "wait=False needs a cluster on which the run goes on without this process: "
-                "KubeflowBackend(image=..., namespace=..., storage=...)"
+            problem = explain(
+                "wait=False needs a cluster.",
+                "Without one the ranks are children of this process, and would end with it.",
+                "Name where the run goes on: KubeflowBackend(image=..., namespace=..., storage=...)",
             )
             raise ConfigError("launch", (problem,))
         run = self._submit(plan)

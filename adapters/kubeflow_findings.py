@@ -19,6 +19,7 @@ from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.cluster.kube.kinds import PYTORCH_CONTAINER
 from kfpytorch_ray.config import KubeflowBackend, KubernetesOptions
+from kfpytorch_ray.errors import explain
 from kfpytorch_ray.pod_template import primary_container
 from kfpytorch_ray.task_arguments import TaskArguments
 
@@ -30,7 +31,7 @@ def find(config: JobConfig, options: KubeflowBackend) -> Findings:
     problems = [
         *call_option_problems(options),
         *stored_option_problems(options),
-        *kubernetes_option_problems(options),
+        *kubernetes_option_problems(options, PYTORCH_CONTAINER),
     ]
     if is_elastic(config) and getattr(config, "start_method", None) == "forkserver":
         problems.append("start_method='forkserver': Bad start method for the backend 'kubeflow', use 'spawn' or 'fork'")
@@ -85,16 +86,29 @@ def template_problems(template: PodTemplate | None) -> tuple[str, ...]:
     containers = (template.pod_spec and template.pod_spec.containers) or []
     if primary != PYTORCH_CONTAINER and any(container.name == PYTORCH_CONTAINER for container in containers):
         problems.append(
-            f"pod_template has a container {PYTORCH_CONTAINER!r} beside the primary one, {primary!r}: the training "
-            f"operator takes the one of that name for the task's; rename it, or make it the primary one"
+            explain(
+                f"pod_template has a container {PYTORCH_CONTAINER!r} beside the primary one, {primary!r}.",
+                "The training operator takes the one of that name for the task's.",
+                "Rename it, or make it the primary one.",
+            )
         )
     if (own := primary_container(template)) is not None and own.resources:
         problems.append(
-            "pod_template gives resources to the primary container, where the task's count: give them as "
-            "@task(requests=, limits=)"
+            explain(
+                "pod_template gives resources to the primary container.",
+                "Those of the task count there, and two amounts would contradict each other: a pod with more GPUs than "
+                "the task asks for has ranks for some of them only.",
+                "Give them once, as @task(requests=, limits=), and leave them out of the template.",
+            )
         )
     if own is not None and (own.command or own.args):
-        problems.append("pod_template gives the primary container a command, which is ours: leave it out")
+        problems.append(
+            explain(
+                "pod_template gives the primary container a command.",
+                "It runs ours, which starts the ranks.",
+                "Leave command and args out of the template.",
+            )
+        )
     return tuple(problems)
 
 

@@ -46,9 +46,10 @@ if TYPE_CHECKING:
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the entrypoint of a job, and nowhere else."""
 
-NEEDS_IMAGE = (
-    "without Flyte image='REGISTRY/NAME:TAG' is needed: what all pods run, with ray, torch and kfpytorch_ray in the "
-    "versions of this machine"
+NEEDS_IMAGE = explain(
+    "no image is named.",
+    "Without Flyte this process creates the RayJob, and all of its pods run one image.",
+    "Give KubeRayBackend(image='REGISTRY/NAME:TAG'); it has ray, torch and kfpytorch_ray as this machine has them.",
 )
 
 
@@ -79,7 +80,13 @@ class KubeRayAdapter:
         return self.custom_for(config, TaskArguments())
 
     def custom_for(self, config: JobConfig, arguments: TaskArguments) -> dict[str, Any]:
-        """The RayJob as Flyte's message."""
+        """The RayJob as Flyte's message.
+
+        Raises:
+            ConfigError: Flyte would drop a part of the options.
+        """
+        if dropped := kuberay_findings.dropped_by_flyte(self._options):
+            raise ConfigError("KubeRayBackend", dropped)
         return flyte_ray.ray_job(config, self._options, arguments)
 
     def container_resources(self, config: JobConfig, arguments: TaskArguments) -> ResourceSpec:

@@ -12,6 +12,7 @@ from typing import Any
 from flytekit import PodTemplate, Resources
 
 from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, WORKER_CONTAINER
+from kfpytorch_ray.adapters.kuberay_manifest import deletion_rules
 from kfpytorch_ray.adapters.kubernetes_findings import (
     json_problems,
     kubernetes_option_problems,
@@ -22,6 +23,7 @@ from kfpytorch_ray.adapters.ray_findings import job_findings, run_option_problem
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import one_of
 from kfpytorch_ray.config import CallOptions, KubeRayBackend, KubernetesOptions
+from kfpytorch_ray.errors import explain
 from kfpytorch_ray.planning import amount_of
 from kfpytorch_ray.pod_template import primary_container
 from kfpytorch_ray.task_arguments import TaskArguments
@@ -44,9 +46,9 @@ OVERRIDES = (
 )
 """Cannot be seen in a task, so it is said of every one."""
 
-_NOT_IN_A_GROUP = (
-    "Flyte drops them from a group's own pod, and KubeRay runs Ray in the first container, whichever it is; so that a "
-    "task means the same with Flyte and without, give them by @task(pod_template=), behind the primary container"
+_NOT_BY_FLYTE = "Flyte 1.16.8 takes one container of a group's own pod, {!r}, and drops what else is in it."
+_BY_THE_TASK = (
+    "Give them by @task(pod_template=), behind the primary container; without Flyte they are taken here, too."
 )
 
 
@@ -119,7 +121,11 @@ def lost_without_flyte(config: JobConfig, options: KubeRayBackend, arguments: Ta
     """Every field that does not arrive, or means something else, in a RayJob that this process creates."""
     found = [*find(config, options).warnings]
     policy = config.run_policy
-    if policy is None or policy.ttl_seconds_after_finished is None:
+    ttl = policy.ttl_seconds_after_finished if policy else None
+    if deletion_rules(options):
+        if ttl is not None:
+            found.append("run_policy.ttl_seconds_after_finished has no effect: spec's deletionRules say what goes when")
+    elif ttl is None:
         found.append(
             f"run_policy.ttl_seconds_after_finished=None means {DEFAULT_TTL_S} s here, not for ever: an ended cluster "
             "holds its nodes"
@@ -160,7 +166,8 @@ def _option_problems(options: KubeRayBackend) -> list[str]:
 
 def _direct_problems(options: KubeRayBackend) -> list[str]:
     """Of the options of a RayJob that this process creates."""
-    problems = kubernetes_option_problems(options) + text_problems(options, ("cluster", "ray_version"))
+    problems = kubernetes_option_problems(options, WORKER_CONTAINER)
+    problems += text_problems(options, ("cluster", "ray_version"))
     if options.submission_mode not in SUBMISSION_MODES:
         problems.append(
             f"KubeRayBackend(submission_mode={options.submission_mode!r}): expected {one_of(SUBMISSION_MODES)}"
@@ -180,20 +187,49 @@ def _start_param_problems(name: str, params: Any) -> list[str]:
 def _overlay_problems(template: PodTemplate, container: str) -> list[str]:
     if not isinstance(template, PodTemplate):
         return [f"must be a PodTemplate, not {template!r}"]
-    spec = template.pod_spec
     problems = []
-    if spec is not None and spec.init_containers:
-        problems.append(f"has init containers: {_NOT_IN_A_GROUP}")
-    if dropped := [c.name for c in (spec and spec.containers) or () if c.name != template.primary_container_name]:
+    primary = primary_container(template)
+    if primary is not None:
+        problems += _order_problems("it", template)
+    if primary is not None and primary.resources:
         problems.append(
-            f"has the containers {', '.join(dropped)} beside {container}, which is made of the primary container "
-            f"{template.primary_container_name!r}: {_NOT_IN_A_GROUP}"
-        )
-    if (primary := primary_container(template)) is not None and primary.resources:
-        problems.append(
-            "the primary container's resources are given by @task(requests=) and KubeRayBackend(head_requests=)"
+            explain(
+                f"it gives resources to the primary container, of which {container} is made.",
+                "What Ray counts on a node follows from what is asked for: of more GPUs in a pod Ray would not learn.",
+                "Give them as @task(requests=), or as KubeRayBackend(requests=, head_requests=).",
+            )
         )
     return problems
+
+
+def dropped_by_flyte(options: KubeRayBackend) -> tuple[str, ...]:
+    """What of the groups' own pod templates is for RayJobs of our own only; refused when a task is registered."""
+    problems = []
+    for name, container in (("head_pod_template", HEAD_CONTAINER), ("worker_pod_template", WORKER_CONTAINER)):
+        template: PodTemplate | None = getattr(options, name)
+        spec = template.pod_spec if template is not None else None
+        if template is None or spec is None:
+            continue
+        beside = [one.name for one in spec.containers or () if one.name != template.primary_container_name]
+        beside += [one.name for one in spec.init_containers or ()]
+        if beside:
+            what = f"KubeRayBackend({name}): it has the containers {', '.join(beside)} beside the primary one."
+            problems.append(explain(what, _NOT_BY_FLYTE.format(container), _BY_THE_TASK))
+    return tuple(problems)
+
+
+def _order_problems(whose: str, template: PodTemplate) -> list[str]:
+    containers = (template.pod_spec and template.pod_spec.containers) or []
+    primary = template.primary_container_name
+    if not containers or containers[0].name == primary:
+        return []
+    return [
+        explain(
+            f"{whose} lists the container {containers[0].name!r} before the primary one, {primary!r}.",
+            "KubeRay starts Ray in the first container, whichever it is.",
+            "Put the primary one there.",
+        )
+    ]
 
 
 def _resource_problems(arguments: TaskArguments) -> list[str]:
@@ -241,17 +277,13 @@ def _named_in(template: Any) -> list[tuple[str, str]]:
 
 
 def _template_problems(template: PodTemplate) -> list[str]:
-    containers = (template.pod_spec and template.pod_spec.containers) or []
-    primary = template.primary_container_name
-    problems = []
-    if containers and containers[0].name != primary:
-        problems.append(
-            f"pod_template lists the container {containers[0].name!r} before the primary one, {primary!r}: KubeRay "
-            "starts Ray in the first container; put the primary one there"
-        )
+    problems = _order_problems("pod_template", template)
     if (own := primary_container(template)) is not None and own.resources:
         problems.append(
-            "pod_template gives resources to the primary container, of which Ray would not learn: give them as "
-            "@task(requests=, limits=)"
+            explain(
+                "pod_template gives resources to the primary container.",
+                "What Ray counts on a node follows from the task's: of more GPUs in its pod Ray would not learn.",
+                "Give them as @task(requests=, limits=).",
+            )
         )
     return problems

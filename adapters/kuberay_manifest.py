@@ -65,8 +65,10 @@ def ray_job(
         # KubeRay refuses it together with a selector.
         del spec["backoffLimit"]
     else:
-        spec["shutdownAfterJobFinishes"] = True
-        spec["ttlSecondsAfterFinished"] = DEFAULT_TTL_S if ttl is None else ttl
+        if not deletion_rules(options):
+            # KubeRay takes one or the other.
+            spec["shutdownAfterJobFinishes"] = True
+            spec["ttlSecondsAfterFinished"] = DEFAULT_TTL_S if ttl is None else ttl
         spec["rayClusterSpec"] = _cluster(config, options, arguments)
     return {
         "apiVersion": "ray.io/v1",
@@ -74,6 +76,12 @@ def ray_job(
         "metadata": resource_metadata(name, options),
         "spec": laid_over(spec, options.spec),
     }
+
+
+def deletion_rules(options: KubeRayBackend) -> bool:
+    """Whether the user has rules of their own for what goes when a job is over."""
+    strategy = options.spec.get("deletionStrategy")
+    return isinstance(strategy, dict) and bool(strategy.get("deletionRules"))
 
 
 def ray_version(options: KubeRayBackend) -> str:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from flytekit import Resources
 
 from kfpytorch_ray.adapters.ray_findings import is_amount
 from kfpytorch_ray.config import KubernetesOptions
+from kfpytorch_ray.errors import explain
 from kfpytorch_ray.task_arguments import TaskArguments
 
 
-def kubernetes_option_problems(options: KubernetesOptions) -> list[str]:
-    """One sentence for each problem."""
+def kubernetes_option_problems(options: KubernetesOptions, container: str) -> list[str]:
+    """One text for each problem.
+
+    Args:
+        options: The backend's.
+        container: In which ranks run.
+    """
     backend = type(options).__name__
     problems = [
         f"{backend}({name}) must be Resources(...), not {asked!r}"
@@ -29,7 +36,35 @@ def kubernetes_option_problems(options: KubernetesOptions) -> list[str]:
         problems.append(f"{backend}(gpu_resource={options.gpu_resource!r}): expected a name that ends in 'gpu'")
     if not (is_amount(options.ready_timeout_s) and options.ready_timeout_s):
         problems.append(f"{backend}(ready_timeout_s) must be a number of seconds greater than 0")
-    return problems + json_problems(options, "spec")
+    return [*problems, *json_problems(options, "spec"), *_amounts_in_spec(options, container)]
+
+
+def _amounts_in_spec(options: KubernetesOptions, container: str) -> list[str]:
+    """Where ``spec`` has other amounts than a node was asked to have: ranks would be started by these."""
+    if not any(one.get("name") == container and one.get("resources") for one in _containers_in(options.spec)):
+        return []
+    backend = type(options).__name__
+    return [
+        explain(
+            f"{backend}(spec) gives resources to the container {container!r}.",
+            "How many ranks and GPUs a node has follows from what is asked for: of more GPUs in its pod nobody would "
+            "learn.",
+            f"Give them as @task(requests=, limits=), or as {backend}(requests=, limits=).",
+        )
+    ]
+
+
+def _containers_in(spec: Any) -> Iterator[dict[str, Any]]:
+    """The containers of all pods in a manifest."""
+    if isinstance(spec, dict):
+        for name, value in spec.items():
+            if name == "containers" and isinstance(value, list):
+                yield from (one for one in value if isinstance(one, dict))
+            else:
+                yield from _containers_in(value)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from _containers_in(value)
 
 
 def left_to_flyte(options: KubernetesOptions, arguments: TaskArguments, job: str, template: str) -> list[str]:

@@ -21,7 +21,7 @@ from kfpytorch_ray.adapters.stored_runs import manifest_of, staging
 from kfpytorch_ray.backends import Findings, JobConfig, require_package
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.doctor.finding import Finding
-from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.errors import ConfigError, explain
 from kfpytorch_ray.payload import dump_payload
 from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.results import ElasticResult
@@ -169,9 +169,10 @@ class RayAdapter:
             raise ConfigError(
                 "launch",
                 (
-                    (
-                        "wait=False needs a cluster on which the run goes on without this process: "
-                        "RayBackend(address='http://HOST:8265', storage=...)"
+                    explain(
+                        "wait=False needs a cluster that is elsewhere.",
+                        "On a Ray that this process joins the driver is this process, and the run would end with it.",
+                        "Name the job API of one: RayBackend(address='http://HOST:8265', storage=...)",
                     ),
                 ),
             )

@@ -131,7 +131,14 @@ def choose_backend(
     if explicit is not None and not isinstance(explicit, str):
         if not isinstance(explicit, BackendOptions):
             raise ConfigError(
-                "backend", (f"must be a name or an options object such as RayBackend(), not {explicit!r}",)
+                "backend",
+                (
+                    explain(
+                        f"must be a name or an options object, not {explicit!r}.",
+                        "By it an adapter is found.",
+                        "Give backend='ray', or options such as RayBackend().",
+                    ),
+                ),
             )
         return _known(BackendChoice(explicit.name, explicit), "the task's config")
     if explicit:

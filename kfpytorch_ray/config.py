@@ -357,7 +357,8 @@ class KubeRayBackend(KubernetesOptions, RayRunOptions):
         head_limits: Limits of the head pod. None: what it requests.
         head_pod_template: What else the head pod has; its primary container is Ray's.
         worker_pod_template: What else worker pods have: node selectors, tolerations, volumes, labels, ...; the primary
-            container is Ray's. ``@task(pod_template=...)`` shapes all pods alike.
+            container is Ray's, and has to be the first. Sidecars and init containers of these two are for RayJobs
+            without Flyte, which would drop them. ``@task(pod_template=...)`` shapes all pods alike.
         head_start_params: Parameters of ``ray start`` on the head, without dashes.
         worker_start_params: Parameters of ``ray start`` on worker pods.
         idle_timeout_s: Seconds after which Ray's autoscaler gives an idle node of a range back. None: its default.

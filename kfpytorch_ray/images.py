@@ -12,7 +12,7 @@ from flytekit import ImageSpec
 from flytekit.configuration import Image, ImageConfig, SerializationSettings
 from flytekit.core.python_auto_container import update_image_spec_copy_handling
 
-from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.errors import ConfigError, explain
 
 
 def settings_for(task: Any, image: str | None = None) -> SerializationSettings:
@@ -27,11 +27,18 @@ def settings_for(task: Any, image: str | None = None) -> SerializationSettings:
     """
     # flytekit would read a file as an ImageSpec, and build it.
     if image is not None and Path(image).is_file():
-        raise ConfigError("image", (f"{image!r} is a file: name an image, such as registry.example/train:1",))
+        problem = explain(
+            f"{image!r} is a file.", "No image is built here.", "Name an image, such as registry.example/train:1."
+        )
+        raise ConfigError("image", (problem,))
     try:
         known = ImageConfig.auto_default_image() if image is None else ImageConfig.auto(img_name=image)
     except AssertionError as error:
-        problem = f"{image!r} has neither a tag nor a digest: name an image as registry.example/train:1"
+        problem = explain(
+            f"{image!r} has neither a tag nor a digest.",
+            "flytekit takes no image without one.",
+            "Name an image as registry.example/train:1.",
+        )
         raise ConfigError("image", (problem,)) from error
     settings = SerializationSettings(project="project", domain="domain", version="version", image_config=known)
     named = [_image_of(spec, settings) for spec in _image_specs(task)]
@@ -57,5 +64,10 @@ def _image_of(spec: ImageSpec, settings: SerializationSettings) -> Image:
     try:
         name, _, tag = spec.image_name().rpartition(":")
     except (ValueError, OSError) as error:
-        raise ConfigError("container_image", (f"the ImageSpec {spec.name!r} has no name yet: {error}",)) from error
+        problem = explain(
+            f"the ImageSpec {spec.name!r} has no name yet.",
+            f"Its name depends on files that cannot be read: {error}",
+            "Run this where its files are, or name an image that is built.",
+        )
+        raise ConfigError("container_image", (problem,)) from error
     return Image(name=spec.id, fqn=name, tag=tag)

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from kfpytorch_ray.backends import Adapter, BackendChoice, load_adapter
 from kfpytorch_ray.config import BackendOptions, RayBackend
-from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, UnknownRunError
+from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, UnknownRunError, explain
 from kfpytorch_ray.runs import STORAGE_VARIABLE, Manifest, read_manifest, storage_of
 
 
@@ -80,7 +80,12 @@ def flamegraph(
         ConfigError: ``duration_s`` is no whole number of seconds.
     """
     if not isinstance(duration_s, int) or duration_s < 1:
-        raise ConfigError("flamegraph", (f"duration_s={duration_s!r}: expected a whole number of seconds >= 1",))
+        problem = explain(
+            f"duration_s={duration_s!r} is no time to look for.",
+            "py-spy counts whole seconds.",
+            "Give 1 or more of them.",
+        )
+        raise ConfigError("flamegraph", (problem,))
     adapter, manifest = _found(run, storage, backend)
     return adapter.flamegraph(run, manifest, rank, duration_s)
 

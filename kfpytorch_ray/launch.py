@@ -14,7 +14,7 @@ from flytekit.core.base_task import Task
 
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.config import Elastic
-from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.errors import ConfigError, explain
 from kfpytorch_ray.planning import Call, current_context, execution_name, plan_elastic
 from kfpytorch_ray.preflight import admit
 from kfpytorch_ray.results import ElasticResult
@@ -93,11 +93,21 @@ def launch_function(
         KfpytorchRayError: As ``launch``.
     """
     if not is_elastic(config):
-        raise ConfigError("launch", (f"elastic={config!r}: expected an Elastic(...)",))
+        problem = explain(
+            f"elastic={config!r} is no Elastic(...).",
+            "launch() starts ranks as torchrun does, which only an Elastic describes.",
+            "Give elastic=Elastic(nnodes=..., nproc_per_node=...).",
+        )
+        raise ConfigError("launch", (problem,))
     arguments = _arguments_of(task)
     job = admit(config, arguments.environment, _function_problems(fn), None if task is None else arguments)
     if not wait and not isinstance(job.adapter, DetachedAdapter):
-        raise ConfigError("launch", (f"wait=False: runs of the backend {job.choice.name!r} end with this process",))
+        problem = explain(
+            f"wait=False: the backend {job.choice.name!r} cannot leave a run alone.",
+            "Its runs end with this process.",
+            "Leave wait=False out, or choose a backend that runs on a cluster.",
+        )
+        raise ConfigError("launch", (problem,))
     context = current_context()
     execution = execution_name(context)
     run_id = f"launch-{uuid.uuid4().hex[:8]}" if execution in (None, "", LOCAL_EXECUTION) else execution

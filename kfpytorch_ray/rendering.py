@@ -15,7 +15,7 @@ from google.protobuf.json_format import MessageToDict
 
 from kfpytorch_ray.checks import one_of
 from kfpytorch_ray.config import BackendOptions
-from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.errors import ConfigError, explain
 from kfpytorch_ray.images import settings_for
 from kfpytorch_ray.pods import RendersFlyte, RendersKubernetes
 from kfpytorch_ray.task import PytorchElasticFunctionTask, PyTorchFunctionTask
@@ -60,10 +60,20 @@ def render(
     """
     if not isinstance(task, PytorchElasticFunctionTask | PyTorchFunctionTask):
         raise ConfigError(
-            "render", (f"{getattr(task, 'name', task)} is no task with task_config=Elastic(...) or PyTorch(...)",)
+            "render",
+            (
+                explain(
+                    f"{getattr(task, 'name', task)} is no task with task_config=Elastic(...) or PyTorch(...).",
+                    "Only of these a backend makes Kubernetes resources.",
+                    "Give the task such a task_config, of kfpytorch_ray.",
+                ),
+            ),
         )
     if via not in WAYS:
-        raise ConfigError("render", (f"via={via!r}: expected {one_of(WAYS)}",))
+        problem = explain(
+            f"via={via!r} is no way.", "A task gets to a cluster by Flyte or by this process.", f"Give {one_of(WAYS)}."
+        )
+        raise ConfigError("render", (problem,))
     rendered = task if backend is None else task.on_backend(backend)
     job = rendered.job
     adapter, arguments = job.adapter, rendered.arguments
@@ -74,7 +84,12 @@ def render(
         return Rendered(
             adapter.kubernetes_manifests(job.config, arguments), adapter.kubernetes_lost(job.config, arguments)
         )
-    raise ConfigError("render", (f"the backend {job.choice.name!r} creates nothing on the way {via!r}",))
+    problem = explain(
+        f"the backend {job.choice.name!r} creates nothing on the way {via!r}.",
+        "It runs tasks on what is there already.",
+        "Name another backend, or another way.",
+    )
+    raise ConfigError("render", (problem,))
 
 
 def task_template(task: Any, settings: SerializationSettings | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from kfpytorch_ray.backends import Adapter, BackendChoice, load_adapter
 from kfpytorch_ray.config import BackendOptions
-from kfpytorch_ray.errors import BackendUnavailableError, ConfigError
+from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, explain
 from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.runs import Manifest, read_manifest, storage_of
@@ -150,7 +150,12 @@ def open_run(manifest: Manifest, backend: BackendOptions | None = None) -> Run:
     """
     run_id = manifest.run_id
     if backend is not None and backend.name != manifest.backend:
-        raise ConfigError("attach", (f"backend={backend!r}: the run {run_id} is one of backend {manifest.backend!r}",))
+        problem = explain(
+            f"backend={backend!r} cannot look after the run {run_id}.",
+            f"It is one of the backend {manifest.backend!r}.",
+            "Give options of that backend, or none.",
+        )
+        raise ConfigError("attach", (problem,))
     adapter = load_adapter(BackendChoice(manifest.backend, backend))
     if not isinstance(adapter, DetachedAdapter):
         msg = f"The backend {manifest.backend!r} of the run {run_id} cannot attach to a run."

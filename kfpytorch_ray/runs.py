@@ -182,9 +182,10 @@ def storage_of(uri: str | None) -> Storage:
         raise ConfigError(
             "storage",
             (
-                (
-                    "no storage is named, by which the call gets to a cluster that is elsewhere and its result comes "
-                    f"back: give storage='s3://bucket/prefix' (any fsspec URI of both), or set {STORAGE_VARIABLE}"
+                explain(
+                    "no storage is named.",
+                    "By it the call gets to a cluster that is elsewhere, and its result comes back.",
+                    f"Give storage='s3://bucket/prefix' (any fsspec URI of both), or set {STORAGE_VARIABLE}.",
                 ),
             ),
         )

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kfpytorch_ray.errors import explain
+
 _OF_A_JOB = {
     "spec.backoffLimit": "1.2",
     "spec.submitterConfig": "1.2",
@@ -101,8 +103,8 @@ def since(path: str) -> str | None:
 
 
 def unknown_field_problems(manifest: Mapping[str, Any], schema: Mapping[str, Any]) -> tuple[str, ...]:
-    """One sentence for each of the manifest's fields that the cluster does not know, with the version that does."""
-    return (*(f"{path}: {_sentence(path)}" for path in unknown_fields(manifest, schema)), *_modes(manifest, schema))
+    """What, why and fix for each field of the manifest that the cluster does not know, with the version that does."""
+    return (*map(_problem, unknown_fields(manifest, schema)), *_modes(manifest, schema))
 
 
 def _modes(manifest: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[str]:
@@ -110,21 +112,31 @@ def _modes(manifest: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[s
     mode = (manifest.get("spec") or {}).get("submissionMode")
     known = schema.get("properties", {}).get("spec", {}).get("properties", {})
     if mode in _MODES_SINCE and (since_then := _MODES_SINCE[mode])[1] not in known:
-        yield (
-            f"spec.submissionMode: this cluster's KubeRay does not know {mode}; KubeRay {since_then[0]} and later do, "
-            "use K8sJobMode or HTTPMode"
+        yield explain(
+            f"spec.submissionMode: this cluster's KubeRay does not know {mode}.",
+            f"KubeRay {since_then[0]} and later do; an older one takes the word and submits nothing.",
+            f"Use K8sJobMode or HTTPMode, or have KubeRay {since_then[0]} or later installed.",
         )
 
 
-def _sentence(path: str) -> str:
-    ignorance = "this cluster's KubeRay does not know it"
+def _problem(path: str) -> str:
+    ignorance = f"{path}: this cluster's KubeRay does not know it."
     if path in GONE:
         last, instead = GONE[path]
-        return f"{ignorance}; only those from {SINCE[path]} on and before {last} do, use {instead} with later ones"
+        why = f"KubeRay {last} has it no more: only those from {SINCE[path]} on and before {last} do."
+        return explain(ignorance, why, f"Use {instead}.")
     # A field inside one that this cluster knows is not unknown for want of the outer one's version.
     if path in SINCE:
-        return f"{ignorance}; KubeRay {SINCE[path]} and later do"
-    return f"{ignorance}, nor is a version known that does; check the spelling, or leave it out"
+        return explain(
+            ignorance,
+            f"KubeRay {SINCE[path]} and later do; this one is older, and the field would be dropped in silence.",
+            f"Leave it out, or have KubeRay {SINCE[path]} or later installed, with its definitions.",
+        )
+    return explain(
+        ignorance,
+        "No version is known that does, and the API server would drop it.",
+        "Check the spelling, or leave it out.",
+    )
 
 
 def _dropped(value: Any, schema: Mapping[str, Any], path: str, *, whole_object: bool = False) -> Iterator[str]:

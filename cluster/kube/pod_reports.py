@@ -99,6 +99,15 @@ def settle_success(run: Storage) -> bool:
     return True
 
 
+def failed_pods(run: Storage) -> list[str]:
+    """Names of the pods that have said that they failed.
+
+    Raises:
+        StorageError: The storage cannot be read.
+    """
+    return [pod for pod, said in _reports(run) if said.state == RunStatus.FAILED.value]
+
+
 def settle_failure(run: Storage, name: str) -> bool:
     """Write the outcome of a run whose job is over without success; whether any pod has said why.
 

@@ -23,7 +23,7 @@ def check_ray_job(options: KubeRayBackend, draft: Manifest, namespace: Namespace
         ClusterError: The cluster cannot be reached, has no KubeRay, or refuses.
     """
     if refused := problems(draft):
-        raise ConfigError("KubeRayBackend", refused)
+        raise ConfigError("KubeRayBackend", tuple(map(_refused, refused)))
     schema = namespace.definition(RAY_JOB)
     if schema is not None and (unknown := unknown_field_problems(draft, schema)):
         raise ConfigError("KubeRayBackend", unknown)
@@ -55,7 +55,18 @@ def check_pytorch_job(draft: Manifest, namespace: Namespace) -> None:
         raise ConfigError(
             "KubeflowBackend",
             tuple(
-                f"{path}: this cluster's PyTorchJob does not have it; check the spelling, or leave it out"
+                explain(
+                    f"{path}: this cluster's PyTorchJob does not have it.",
+                    "Its training operator's definition has no such field, so the API server would drop it.",
+                    "Check the spelling, or leave it out; a newer training operator may know it.",
+                )
                 for path in unknown
             ),
         )
+
+
+def _refused(problem: str) -> str:
+    """A rule's sentence, which names the field, what is wrong and the way out, as what, why and fix."""
+    field, _, rest = problem.partition(": ")
+    why, _, fix = rest.rpartition("; ")
+    return explain(f"KubeRay would refuse {field}.", f"{field} {why}.", f"{fix[:1].upper()}{fix[1:]}.")

@@ -22,6 +22,7 @@ from pathlib import Path
 from kfpytorch_ray.cluster.interruption import TERMINATED, interruptible
 from kfpytorch_ray.cluster.kube import code
 from kfpytorch_ray.cluster.kube.pod_log import mark_of
+from kfpytorch_ray.cluster.kube.pod_peers import GRACE_S, PeerWatch
 from kfpytorch_ray.cluster.kube.pod_ranks import budget_of, run_ranks, succeeded
 from kfpytorch_ray.cluster.kube.pod_reports import LOG, folder_of, report, settle_success
 from kfpytorch_ray.cluster.kube.pod_request import PodRequest
@@ -32,6 +33,7 @@ from kfpytorch_ray.cluster.remote.staged import read_request
 from kfpytorch_ray.cluster.spool import map_spooled
 from kfpytorch_ray.cluster.worker import search_path
 from kfpytorch_ray.errors import KfpytorchRayError, LaunchError, LaunchInterruptedError, RunStoppedError, explain
+from kfpytorch_ray.plan import Contract
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import read_outcome
 from kfpytorch_ray.storage import Digest, Storage
@@ -88,11 +90,14 @@ class _Pod:
                 manifest, request = read_request(self.folder, sha256)
                 budget = budget_of(request.plan)
                 lease = LeaseWatch(self.folder, manifest.lease_s)
-                with lease:
+                # A replica of another contract may be started again.
+                elastic = request.plan.contract is Contract.TORCHRUN
+                peers = PeerWatch(self.folder, socket.gethostname(), GRACE_S if elastic else None)
+                with lease, peers:
                     try:
                         return self._train(request)
                     finally:
-                        reason, fix = lease.reason or reason, lease.fix
+                        reason, fix = lease.reason or peers.reason or reason, lease.fix
         except LaunchInterruptedError:
             return self._stopped(reason, fix)
         except KfpytorchRayError as error:

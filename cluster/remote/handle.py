@@ -190,6 +190,10 @@ class RemoteRun:
 
     def _take(self, outcome: Outcome, patience: Patience, keep: bool) -> ElasticResult:
         if outcome.state == RunStatus.STOPPED.value:
+            if not keep:
+                # By its lease, perhaps: then nobody has removed anything yet.
+                self._forget()
+                _removing(discard, self._folder)
             raise RunStoppedError(outcome.message)
         record = patience.until_answered(partial(read_record, self._folder, outcome))
         report = self._report(record)

@@ -25,8 +25,8 @@ _LOOKS_PER_LEASE = 4
 """Several tries in a lease: a storage may fail once."""
 
 
-class _LeaseThread(ABC):
-    """Looks after a lease several times while it lasts, from ``start`` or a ``with`` block on.
+class FolderThread(ABC):
+    """Does something about a run's folder several times while a lease lasts, from ``start`` or a ``with`` block on.
 
     Args:
         folder: Of the run.
@@ -69,14 +69,14 @@ class _LeaseThread(ABC):
     def _do(self) -> None: ...
 
 
-class LeaseKeeper(_LeaseThread):
+class LeaseKeeper(FolderThread):
     """Keeps the lease of a run."""
 
     def _do(self) -> None:
         self._folder.write(LEASE, uuid.uuid4().hex.encode())
 
 
-class LeaseWatch(_LeaseThread):
+class LeaseWatch(FolderThread):
     """Watches the lease of this process's run, and ends the process by SIGTERM when it has run out."""
 
     def __init__(self, folder: Storage, lease_s: float | None) -> None:

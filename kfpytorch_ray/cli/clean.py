@@ -5,6 +5,7 @@ Outputs and checkpoints, which functions wrote there, stay: they are the user's.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -13,10 +14,12 @@ import rich_click as click
 from kfpytorch_ray.cli.options import Reach, json_option, reach_options, seconds
 from kfpytorch_ray.cli.reaching import Standing, standings
 from kfpytorch_ray.cli.reporting import print_json, span
-from kfpytorch_ray.errors import StorageError, explain
-from kfpytorch_ray.run import RunStatus
+from kfpytorch_ray.errors import KfpytorchRayError, StorageError, explain
+from kfpytorch_ray.run import RunStatus, open_run
 from kfpytorch_ray.runs import RunSummary, expired_runs, remove_run, stale_files
 from kfpytorch_ray.storage import Storage
+
+_KEPT_BY_OPERATORS = ("kuberay", "kubeflow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ def gc(
 
     Old is a run whose retention is over. A run at work stays; one that has left no outcome, and whose cluster does not
     say that it was stopped, stays for its retention. What launches that were cut short and clusters that were looked at
-    have left goes after a day. Outputs and checkpoints of functions are never removed.
+    have left goes after a day. Outputs and checkpoints of functions are never removed. The RayJob or PyTorchJob of a
+    run that is removed goes as well, where its cluster can be reached.
     """
     reach = Reach(storage, address, verify)
     place = reach.open_storage()
@@ -94,6 +98,7 @@ def gc(
         run_id = run.manifest.run_id
         try:
             if not dry_run:
+                _forget_job(run, reach)
                 remove_run(place, run_id)
         except StorageError as error:
             failed.append((run_id, error))
@@ -113,6 +118,14 @@ def gc(
         click.echo(f"kept {one.run.manifest.run_id}: {one.why}", err=True)
     removals = len(gone) + len(stale)
     click.echo(f"{removals} removed." if removals else "Nothing to remove.", err=True)
+
+
+def _forget_job(run: RunSummary, reach: Reach) -> None:
+    """Have a Kubernetes cluster remove a run's custom resource, which an operator keeps when the job is over."""
+    if run.manifest.backend not in _KEPT_BY_OPERATORS:
+        return
+    with contextlib.suppress(KfpytorchRayError):
+        open_run(run.manifest, reach.options(run.manifest.backend)).collect()
 
 
 def _remove_stale(place: Storage, now: float, *, dry_run: bool) -> list[str]:

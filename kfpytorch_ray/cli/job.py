@@ -13,7 +13,7 @@ from kfpytorch_ray.cli.options import headers, overlaid
 from kfpytorch_ray.cli.targets import Target
 from kfpytorch_ray.cli.travel import working_dir_for
 from kfpytorch_ray.config import DEFAULT_WORKING_DIR_EXCLUDES, Elastic, KubeRayBackend, RayBackend
-from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.errors import ConfigError, explain
 
 DEFAULT_BACKEND = RayBackend.name
 """Of this command line, where nobody has chosen one. A task's default is kubeflow, upstream's."""
@@ -82,7 +82,12 @@ def _base(target: Target) -> Elastic:
         return Elastic()
     if not is_elastic(config):
         kind = type(config).__name__
-        raise ConfigError(target.task.name, (f"its task_config is a {kind}: expected an Elastic, or a plain function",))
+        problem = explain(
+            f"its task_config is a {kind}.",
+            "A launch starts ranks as torchrun does, which only an Elastic describes.",
+            "Name a task with an Elastic, or a plain function.",
+        )
+        raise ConfigError(target.task.name, (problem,))
     # Upstream's class has the same fields, less the backend.
     return Elastic(**{one.name: getattr(config, one.name) for one in fields(Elastic) if hasattr(config, one.name)})
 

@@ -21,7 +21,7 @@ import yaml
 
 from kfpytorch_ray.cli.reporting import JSON_KEY, VERBOSE_KEY
 from kfpytorch_ray.config import BackendOptions, KubeflowBackend, KubeRayBackend, RayBackend
-from kfpytorch_ray.errors import ConfigError
+from kfpytorch_ray.errors import ConfigError, explain
 from kfpytorch_ray.planning import amount_of
 from kfpytorch_ray.runs import STORAGE_VARIABLE, storage_of
 from kfpytorch_ray.storage import Storage
@@ -120,9 +120,10 @@ class Reach:
             StorageError: There is no file system for it.
         """
         if not self.storage and not os.environ.get(STORAGE_VARIABLE):
-            problem = (
-                "no storage is named, in which runs leave what they are and bring: give --storage URI, such as "
-                f"s3://bucket/prefix, or set {STORAGE_VARIABLE}"
+            problem = explain(
+                "no storage is named.",
+                "In it runs leave what they are and bring.",
+                f"Give --storage URI, such as s3://bucket/prefix, or set {STORAGE_VARIABLE}.",
             )
             raise ConfigError("kfpytorch-ray", (problem,))
         return storage_of(self.storage)
@@ -172,8 +173,15 @@ def overlaid(backend: str, base: BackendOptions | None, given: Mapping[str, Any]
     kind: Any = OPTIONS_CLASSES.get(backend) if base is None else type(base)
     known = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
     if unknown := [name for name in given if name not in known]:
-        has = f"the backend {backend!r} has no such option"
-        raise ConfigError("kfpytorch-ray", tuple(f"--{_option_of(name)}: {has}" for name in unknown))
+        problems = (
+            explain(
+                f"--{_option_of(name)}: the backend {backend!r} has no such option.",
+                "Options are those of the backend that is chosen.",
+                "Leave it out, or choose another backend: --backend.",
+            )
+            for name in unknown
+        )
+        raise ConfigError("kfpytorch-ray", tuple(problems))
     before = {name: getattr(base, name) for name in known} if base is not None else {}
     made: BackendOptions = kind(**{**before, **given})
     return made
@@ -197,7 +205,11 @@ def headers() -> dict[str, str] | None:
     except ValueError:
         found = None
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        problem = f"{HEADERS_VARIABLE} is no JSON object of strings, such as " + '{"Authorization": "..."}'
+        problem = explain(
+            f"{HEADERS_VARIABLE} is no JSON object of strings.",
+            "Its fields are sent as HTTP headers with every request.",
+            'Write it as in {"Authorization": "..."}.',
+        )
         raise ConfigError("kfpytorch-ray", (problem,))
     return found
 

@@ -60,7 +60,9 @@ def result(
                 handle.result(0)
         raise
     if rank not in taken:
-        raise ConfigError(run, (f"--rank {rank}: its ranks are 0 to {len(taken) - 1}",))
+        last = len(taken) - 1
+        problem = explain(f"--rank {rank} has no value.", f"Its ranks are 0 to {last}.", "Name one of these.")
+        raise ConfigError(run, (problem,))
     if output is not None:
         _write(output, taken[rank].return_value)
         tell(f"the value of rank {rank} is in {output}")
@@ -105,8 +107,7 @@ def _write(path: Path, value: Any) -> None:
         raise StorageError(explain(f"{path} cannot be written.", why, fix)) from error
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         kind = type(value).__qualname__
-        raise ConfigError(
-            "--output", (f"a {kind} cannot be pickled: {error}; leave it out to see its repr",)
-        ) from error
+        problem = explain(f"a {kind} cannot be pickled.", str(error), "Leave --output out to see its repr.")
+        raise ConfigError("--output", (problem,)) from error
     finally:
         unfinished.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
 _OWN = "kfpytorch_ray-*"
 _OF_LIBRARIES = ("pymp-*", "torch_*", "torchelastic_*")
 """What multiprocessing and torch leave. In a folder that the whole machine uses, nobody knows whose they are."""
+_TORCH_FILE = re.compile(r"torch_(\d+)_")
+_TEMP_DIR_OF_MACHINE = "/tmp"  # noqa: S108 - compared only
 _AGENT_TITLE = "ray::ElasticAgent"
-_DEFAULT_TEMP_DIR = "/tmp"  # noqa: S108 - looked at, not written to
 
 
 @final
@@ -128,17 +130,20 @@ def left_after(before: Leftovers, temp_dir: str | None = None, timeout_s: float 
 
 
 def _agents(temp_dir: str | None) -> set[int]:
-    """The actors' own processes, which carry no mark."""
-    agents = {process for process in all_processes() if command(process).startswith(_AGENT_TITLE)}
-    return agents if temp_dir is None else {agent for agent in agents if _may_be_under(temp_dir, parent(agent))}
+    """The actors' own processes, which carry no mark. Titles are written over an environment, so the raylet's tells."""
+    return {
+        process
+        for process in all_processes()
+        if command(process).startswith(_AGENT_TITLE) and temp_dir in (None, _temp_dir_of(parent(process)) or temp_dir)
+    }
 
 
-def _may_be_under(temp_dir: str, raylet: int) -> bool:
-    """Whether a raylet has this temporary folder. An agent's title is written over what its own environment says."""
+def _temp_dir_of(raylet: int) -> str:
+    """The temporary folder of an agent's raylet; empty where that is gone, and another process adopted the agent."""
     if "raylet" not in command(raylet):
-        # It has died: nobody knows any more whose the agent was.
-        return True
-    return environment(raylet).get("TMPDIR", _DEFAULT_TEMP_DIR) == temp_dir
+        return ""
+    # Without the variable it is the machine's.
+    return environment(raylet).get("TMPDIR", _TEMP_DIR_OF_MACHINE)
 
 
 def _name(process: int) -> str:
@@ -154,7 +159,17 @@ def _is_under(temp_dir: str, mark: str) -> bool:
 def _files(temp_dir: str | None) -> set[str]:
     everything = () if temp_dir is None else _OF_LIBRARIES
     places = ((temp_dir or tempfile.gettempdir(), (_OWN, *everything)), (SHARED_MEMORY, (_OWN, *everything)))
-    return {str(path) for folder, patterns in places for pattern in patterns for path in Path(folder).glob(pattern)}
+    found = {path for folder, patterns in places for pattern in patterns for path in Path(folder).glob(pattern)}
+    return {str(path) for path in found if temp_dir is None or not _is_anothers(path.name, temp_dir)}
+
+
+def _is_anothers(name: str, temp_dir: str) -> bool:
+    """Whether a process with another temporary folder has a file of torch's, whose name begins with its maker's id."""
+    owner = _TORCH_FILE.match(name)
+    if owner is None or not is_running(int(owner[1])):
+        return False
+    folder = environment(int(owner[1])).get("TMPDIR")
+    return folder is not None and not Path(folder).is_relative_to(temp_dir)
 
 
 def _held_by_ray() -> tuple[frozenset[str], frozenset[str]]:

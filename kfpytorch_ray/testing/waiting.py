@@ -15,6 +15,9 @@ from kfpytorch_ray.errors import KfpytorchRayError, explain
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+_LONGEST_POLL_S = 0.2
+_PART_OF_WAIT = 50
+"""Pauses grow with the wait: who asks costs as much as what is waited for, and comes at most two per cent later."""
 _over: ContextVar[threading.Event | None] = ContextVar("over", default=None)
 """Set when the block of the ``meanwhile`` that this thread belongs to has ended."""
 
@@ -27,7 +30,7 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 12
     """Poll until a condition holds.
 
     Args:
-        condition: Asked every 20 ms until what it returns is true.
+        condition: Asked every 20 ms at first, later every 200 ms, until what it returns is true.
         what: What is waited for, for the message.
         timeout_s: Longest wait; long enough that only a hang can reach it.
 
@@ -36,12 +39,13 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 12
         FaultError: Called within ``meanwhile``, and the block ended before.
     """
     over = _over.get() or threading.Event()
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited_s = time.monotonic() - began
+        if waited_s > timeout_s:
             msg = f"still waiting after {timeout_s:g} s for: {what}"
             raise TimeoutError(msg)
-        if over.wait(_POLL_S):
+        if over.wait(min(max(_POLL_S, waited_s / _PART_OF_WAIT), _LONGEST_POLL_S)):
             # What ended the block may have been what was waited for.
             if condition():
                 return

@@ -12,7 +12,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ HOST = "localhost"
 _PORTS = (20_000, 30_000)
 """Above those that Ray gives its workers, and below the kernel's own (net.ipv4.ip_local_port_range)."""
 DEADLINE_S = 240.0
+GRACE_S = 30.0
+"""Of a pod that says nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +44,71 @@ class Ended:
     log: str
 
 
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A pod that runs.
+
+    Attributes:
+        name: Without the job's.
+        process: Of its container.
+        log: Where that prints.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def ended(self) -> Ended:
+        """How it ends; its log is shown when the test fails."""
+        code = self.process.wait(DEADLINE_S)
+        ended = Ended(self.name, code, self.log.read_text())
+        print(f"--- {self.name}: {code}\n{ended.log}")
+        return ended
+
+
 def run_pods(attempt: Attempt, image: Mapping[str, str], folder: Path) -> dict[str, Ended]:
-    """Run all pods of an attempt at once, and wait for their ends.
+    """Run all pods of an attempt at once, and wait for their ends. As ``running_pods``."""
+    with running_pods(attempt, image, folder) as pods:
+        return {pod.name: pod.ended() for pod in pods}
+
+
+def delete(pods: Sequence[Pod]) -> dict[str, Ended]:
+    """End pods as a kubelet does whose pods are deleted: SIGTERM to each container, SIGKILL after its grace.
+
+    Flyte deletes the PyTorchJob when a task is aborted, and the garbage collector its pods.
+    """
+    for pod in pods:
+        pod.process.terminate()
+    for pod in pods:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            pod.process.wait(GRACE_S)
+        pod.process.kill()
+    return {pod.name: pod.ended() for pod in pods}
+
+
+@contextlib.contextmanager
+def running_pods(attempt: Attempt, image: Mapping[str, str], folder: Path) -> Iterator[tuple[Pod, ...]]:
+    """All pods of an attempt, started at once; none is left when the block ends.
 
     Args:
         attempt: Of a task of type ``pytorch``.
         image: Variables that the image sets.
         folder: Each pod's working directory and temporary files are in it.
     """
-    running = []
-    for name, args, variables in _pods(pytorch_job(attempt.template, attempt.execution)):
-        own = folder / name
-        (own / "tmp").mkdir(parents=True)
-        env = {**_clean(), "TMPDIR": str(own / "tmp"), **image, **variables}
-        with (own / "log").open("wb") as log:
-            process = subprocess.Popen(args, cwd=own, env=env, stdout=log, stderr=subprocess.STDOUT)
-        running.append((name, process, own / "log"))
-    ended = {}
+    running: list[Pod] = []
     try:
-        for name, process, log in running:
-            ended[name] = Ended(name, process.wait(DEADLINE_S), log.read_text())
-            print(f"--- {name}: {ended[name].exit_code}\n{ended[name].log}")
+        for name, args, variables in _pods(pytorch_job(attempt.template, attempt.execution)):
+            own = folder / f"{name}-{attempt.execution.attempt}"
+            (own / "tmp").mkdir(parents=True)
+            env = {**_clean(), "TMPDIR": str(own / "tmp"), **image, **variables}
+            with (own / "log").open("wb") as log:
+                process = subprocess.Popen(args, cwd=own, env=env, stdout=log, stderr=subprocess.STDOUT)
+            running.append(Pod(name, process, own / "log"))
+        yield tuple(running)
     finally:
-        for _, process, _ in running:
-            process.kill()
-            process.wait()
-    return ended
+        for pod in running:
+            pod.process.kill()
+            pod.process.wait()
 
 
 def _pods(job: Mapping[str, Any]) -> Iterator[tuple[str, list[str], dict[str, str]]]:

@@ -169,8 +169,8 @@ def test_a_field_is_as_new_as_what_it_lies_in(path: str, version: str | None) ->
         ("spec.rayClusterSpec.workerGroupSpecs[].priority", "1.5.1", "KubeRay 1.7 and later do"),
         ("spec.deletionStrategy", "1.3.2", "KubeRay 1.5 and later do"),
         ("spec.deletionPolicy", "1.7.0", "only those from 1.3 on and before 1.5 do"),
-        ("spec.deletionStrategy.noSuchField", "1.5.1", "check the spelling"),
-        ("spec.noSuchField", "1.7.0", "check the spelling"),
+        ("spec.deletionStrategy.noSuchField", "1.5.1", "Check the spelling"),
+        ("spec.noSuchField", "1.7.0", "Check the spelling"),
     ],
 )
 def test_an_unknown_field_is_a_problem_with_the_version_that_has_it(
@@ -178,8 +178,9 @@ def test_an_unknown_field_is_a_problem_with_the_version_that_has_it(
 ) -> None:
     """The cluster's own definition decides, and a misspelt field inside a newer one is not blamed on the version."""
     (problem,) = unknown_field_problems(job_with(path, "x"), schema(version, "RayJob", crds))
-    assert problem.startswith(f"{path}: this cluster's KubeRay does not know it")
+    assert problem.startswith(f"{path}: this cluster's KubeRay does not know it.\nWhy: ")
     assert sentence in problem
+    assert "\nFix: " in problem
 
 
 @pytest.mark.parametrize("version", KUBERAY_VERSIONS)
@@ -202,5 +203,5 @@ def test_a_mode_that_this_kuberay_does_not_know_is_a_problem(version: str, crds:
     """Its schema takes any word: how old it is its fields tell."""
     found = unknown_field_problems(job_with("spec.submissionMode", "SidecarMode"), schema(version, "RayJob", crds))
     assert bool(found) == (minor(version) < (1, 5))
-    assert all("does not know SidecarMode; KubeRay 1.5 and later do" in problem for problem in found)
+    assert all("does not know SidecarMode.\nWhy: KubeRay 1.5 and later do;" in problem for problem in found)
     assert not unknown_field_problems(job_with("spec.submissionMode", "HTTPMode"), schema(version, "RayJob", crds))

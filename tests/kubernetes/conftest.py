@@ -39,6 +39,7 @@ KUBECONFIG_VARIABLE = "KFPYTORCH_RAY_TEST_KUBECONFIG"
 _START_TIMEOUT_S = 1200.0  # the first time, it is built
 _OPERATORS = "app.kubernetes.io/name=kuberay-operator"
 _TRAINING_OPERATORS = "control-plane=kubeflow-training-operator"
+_OLD_KUBERAY = "1.3.2"
 STRANGER = "kfpytorch-ray-stranger"
 _PREFIX = f"kfr-test-{os.getpid()}-"
 _numbers = itertools.count()
@@ -50,19 +51,38 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if named := os.environ.get(KUBECONFIG_VARIABLE):
         yield Path(named)
         return
+    with control_plane_of(tmp_path_factory.mktemp("control-plane")) as kubeconfig:
+        yield kubeconfig
+
+
+@contextlib.contextmanager
+def control_plane_of(place: Path, *definitions: str) -> Iterator[Path]:
+    """A control plane of one's own; its kubeconfig.
+
+    Args:
+        place: Where its files are.
+        *definitions: Of which KubeRay it has, as in ``kuberay-v1.3.2``; the scripts' own choice without.
+    """
     scripts = Path(os.environ.get("KFPYTORCH_RAY_KUBE") or ROOT.parent / "shared" / "kube")
     if not (scripts / "up").is_file():
         pytest.skip(f"no control plane: {scripts} has no up; set KFPYTORCH_RAY_KUBE or {KUBECONFIG_VARIABLE}")
-    folder = tmp_path_factory.mktemp("control-plane") / "k"
-    output = folder.parent / "up.log"
+    folder, output = place / "k", place / "up.log"
     with open(output, "wb") as log:
-        started = subprocess.run(
-            [scripts / "up", folder], stdout=subprocess.PIPE, stderr=log, timeout=_START_TIMEOUT_S, check=False
-        )
+        command = [scripts / "up", folder, *definitions]
+        started = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, timeout=_START_TIMEOUT_S, check=False)
     with contextlib.ExitStack() as undo:
         undo.callback(subprocess.run, [scripts / "down", folder], check=False, stderr=subprocess.DEVNULL)
         assert not started.returncode, output.read_text(errors="replace")
         yield Path(started.stdout.decode().split()[-1])
+
+
+@pytest.fixture(scope="module")
+def old_control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """The kubeconfig of an API server that has the definitions of an old KubeRay, and the version of that."""
+    if os.environ.get(KUBECONFIG_VARIABLE):
+        pytest.skip("it needs a control plane of its own")
+    with control_plane_of(tmp_path_factory.mktemp("old"), f"kuberay-v{_OLD_KUBERAY}") as kubeconfig:
+        yield kubeconfig, _OLD_KUBERAY
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +12,10 @@ from typing import Any
 import pytest
 from doubles.api import Api, Document
 from doubles.operator import KubeRayOperator
+from shell import Shell
 
-from kfpytorch_ray import Elastic, KubeRayBackend, RunStatus, WorkerFailedError, attach, launch
-from kfpytorch_ray.runs import list_runs, storage_of
+from kfpytorch_ray import Elastic, KubeRayBackend, RunStatus, WorkerFailedError, launch
+from kfpytorch_ray.runs import Outcome, list_runs, storage_of
 from kfpytorch_ray.testing import wait_until
 
 pytestmark = [
@@ -29,6 +27,8 @@ LONG_S = 400.0
 """For Ray to start on a machine that is busy."""
 CLUSTER = "mine"
 WORKERS = 2
+LEASE_S = 5
+OF_EVERY_NAMESPACE = {"kube-root-ca.crt"}
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,17 @@ def backend(control_plane: Path, namespace: str, ray_cluster: str, shared_folder
 
 
 def only_the_cluster_is_left(api: Api, namespace: str) -> bool:
+    """Nothing that a run could have made; its pods are waited for at the end of the module."""
     return names(api, namespace, "rayclusters") == {CLUSTER} and not any(
-        api.find(resource, namespace) for resource in ("rayjobs", "jobs")
+        names(api, namespace, resource) - OF_EVERY_NAMESPACE
+        for resource in ("rayjobs", "jobs", "secrets", "configmaps")
     )
+
+
+def deployment(api: Api, namespace: str) -> str:
+    """The jobDeploymentStatus of the one RayJob."""
+    (job,) = api.find("rayjobs", namespace)
+    return str(job.get("status", {}).get("jobDeploymentStatus", ""))
 
 
 def test_a_cluster_that_is_there_is_used_and_stays(
@@ -129,111 +137,73 @@ def work(folder: str) -> str:
 
 if __name__ == "__main__":
     import sys
+    if sys.argv[2:]:
+        backend.lease_s = float(sys.argv[2])
     print(launch(hold, sys.argv[1], elastic=Elastic(nnodes=2, backend=backend))[0].return_value)
 """
 
 
-class Shell:
-    """Where a person works: above the folder of what is launched, with cluster and storage in the environment."""
-
-    def __init__(self, project: Path, backend: KubeRayBackend) -> None:
-        jobs = project / "jobs"
-        jobs.mkdir()
-        (project / "kuberay_trainings.py").rename(jobs / "kuberay_trainings.py")
-        (jobs / "work.py").write_text(WORK.format(namespace=backend.namespace, cluster=backend.cluster))
-        self._project = project
-        self._environment = {
-            **os.environ,
-            "KUBECONFIG": str(backend.kubeconfig),
-            "KFPYTORCH_RAY_STORAGE": str(backend.storage),
-            "PYTHONUNBUFFERED": "1",
-            # For a control plane of tests, whose certificate nobody has signed.
-            "PYTHONWARNINGS": "ignore",
-        }
-
-    def start(self, *arguments: object) -> subprocess.Popen[str]:
-        """Start Python."""
-        return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            cwd=self._project,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def command(self, *arguments: object, ends_with: int = 0) -> str:
-        """What kfpytorch-ray prints on standard output."""
-        process = self.start("-m", "kfpytorch_ray.cli", *arguments)
-        output, errors = process.communicate(timeout=LONG_S)
-        assert process.returncode == ends_with, errors
-        return output
-
-
 @pytest.fixture
-def shell(project: Path, backend: KubeRayBackend) -> Shell:
-    return Shell(project, backend)
+def shell(
+    project: Path, backend: KubeRayBackend, shared_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Shell]:
+    work = WORK.format(namespace=backend.namespace, cluster=backend.cluster)
+    yield Shell(project, "kuberay_trainings", work, backend, monkeypatch, LONG_S)
+    # Of a test that fails, no rank may hold a node that the next one needs.
+    Path(shared_folder, "go").touch()
 
 
 def wait_for_training(folder: str) -> None:
     wait_until(lambda: all(Path(folder, f"begun-{rank}").exists() for rank in (0, 1)), "training to begin", LONG_S)
 
 
-def test_a_run_from_begin_to_end_by_the_command_line(
-    api: Api, namespace: str, shell: Shell, shared_folder: str
-) -> None:
-    """Launched by one process, looked at, followed and taken by others, which find the cluster by the run."""
-    run = shell.command("run", "jobs/work.py:work", "--arg", f"folder={shared_folder}", "--detach").strip()
+def test_a_run_outlives_who_launched_it(api: Api, namespace: str, shell: Shell, shared_folder: str) -> None:
+    """SIGKILL; by the command line it is found, looked at, followed and taken by others, and then nothing is left."""
+    launching = shell.start("jobs/work.py", shared_folder)
     wait_for_training(shared_folder)
+    shell.kill(launching)
+    (listed,) = json.loads(shell.command("list", "--json"))
+    run = listed["run_id"]
     told = json.loads(shell.command("status", run, "--json"))
     assert (told["status"], told["backend"], told["address"]) == ("running", "kuberay", f"{namespace}@")
     following = shell.start("-m", "kfpytorch_ray.cli", "logs", "-f", run)
     shell.command("result", run, "--timeout", 0, ends_with=5)
     Path(shared_folder, "go").touch()
-    lines, errors = following.communicate(timeout=LONG_S)
-    assert following.returncode == 0, errors
-    assert lines.count("rank 1 has begun") == 1
+    assert shell.output_of(following).count("rank 1 has begun") == 1
     assert "rank 1 has begun" in shell.command("logs", run)
     assert shell.command("result", run) == "'let go as 0'\n"
     wait_until(lambda: only_the_cluster_is_left(api, namespace), "the RayJob to go")
     shell.command("result", run, ends_with=2)
 
 
-def test_a_run_is_cancelled_by_the_command_line(api: Api, namespace: str, shell: Shell, shared_folder: str) -> None:
-    """It is over when the command is, and its RayJob gone; its ranks had time to end."""
-    run = shell.command("run", "jobs/work.py:work", "--arg", f"folder={shared_folder}", "--detach").strip()
+def test_a_dead_clients_lease_ends_its_run(api: Api, namespace: str, shell: Shell, shared_folder: str) -> None:
+    """SIGKILL; the driver stops its ranks, and says why. KubeRay keeps the RayJob, which gc removes."""
+    launching = shell.start("jobs/work.py", shared_folder, LEASE_S)
     wait_for_training(shared_folder)
-    assert shell.command("cancel", run) == "stopped\n"
-    assert not api.find("rayjobs", namespace)
-    shell.command("result", run, ends_with=6)
-    wait_until(lambda: only_the_cluster_is_left(api, namespace), "its pods to go")
+    shell.kill(launching)
 
+    def outcome() -> Outcome | None:
+        (known,) = list_runs(storage_of(shared_folder))
+        return known.outcome
 
-def test_a_run_outlives_who_launched_it(
-    api: Api, namespace: str, backend: KubeRayBackend, shell: Shell, shared_folder: str
-) -> None:
-    """SIGKILL; it is found again by its id, and when its result was taken nothing is left."""
-    launching = shell.start("jobs/work.py", shared_folder)
-    wait_for_training(shared_folder)
-    launching.kill()
-    launching.communicate()
-    (known,) = list_runs(storage_of(shared_folder))
-    run = attach(known.manifest.run_id, storage=shared_folder, backend=KubeRayBackend(kubeconfig=backend.kubeconfig))
-    assert run.status() is RunStatus.RUNNING
-    Path(shared_folder, "go").touch()
-    result = run.result()
-    assert [result[rank].return_value for rank in (0, 1)] == ["let go as 0", "let go as 1"]
+    wait_until(outcome, "the lease to run out", LONG_S)
+    assert (ended := outcome()) is not None
+    assert ended.state == RunStatus.STOPPED.value
+    assert "no sign of life" in ended.message
+    (job,) = api.find("rayjobs", namespace)
+    wait_until(lambda: deployment(api, namespace) in ("Complete", "Failed"), "the RayJob to be over", LONG_S)
+    assert shell.command("gc", "--older-than", "1s") == f"removed {job['metadata']['name']}\n"
     wait_until(lambda: only_the_cluster_is_left(api, namespace), "the RayJob to go")
+    assert not list_runs(storage_of(shared_folder))
 
 
 def test_an_interrupted_launch_leaves_nothing(api: Api, namespace: str, shell: Shell, shared_folder: str) -> None:
     """Ctrl-C where there is no terminal to ask: the run is stopped, and its RayJob is gone when the process is."""
-    launching = shell.start("jobs/work.py", shared_folder)
+    launching = shell.start("-m", "kfpytorch_ray.cli", "run", "jobs/work.py:work", "--arg", f"folder={shared_folder}")
     wait_for_training(shared_folder)
     launching.send_signal(signal.SIGINT)
     _, errors = launching.communicate(timeout=LONG_S)
-    assert launching.returncode != 0
+    assert launching.returncode == 130
     assert "is stopped." in errors
     assert not api.find("rayjobs", namespace)
     wait_until(lambda: only_the_cluster_is_left(api, namespace), "its pods to go")

@@ -13,6 +13,7 @@ import yaml
 from blocks import rules
 from doubles.api import Api, Document
 from doubles.front import Asked, Front
+from explained import assert_explained
 from flytekit import PodTemplate, Resources
 from kubernetes.client import V1Container, V1PodSpec, V1ResourceRequirements, V1Toleration
 
@@ -155,6 +156,21 @@ def wrong_type(backend: KubeRayBackend) -> KubeRayBackend:
     return replace(backend, spec={"backoffLimit": "many"})
 
 
+def too_long_a_label(backend: KubeRayBackend) -> KubeRayBackend:
+    return replace(backend, labels={"team": "x" * 64})
+
+
+def too_long_a_name(backend: KubeRayBackend) -> KubeRayBackend:
+    group = {"groupName": "worker", "labels": {"team": "x" * 64}}
+    return replace(backend, spec={"rayClusterSpec": {"workerGroupSpecs": [group]}})
+
+
+def more_gpus_by_spec(backend: KubeRayBackend) -> KubeRayBackend:
+    container = {"name": "ray-worker", "resources": {"limits": {"nvidia.com/gpu": "8"}}}
+    group = {"groupName": "worker", "template": {"spec": {"containers": [container]}}}
+    return replace(backend, requests=Resources(gpu="1"), spec={"rayClusterSpec": {"workerGroupSpecs": [group]}})
+
+
 def a_container_before_rays(backend: KubeRayBackend) -> KubeRayBackend:
     containers = [V1Container(name="sidecar", image="i"), V1Container(name="primary")]
     return replace(backend, worker_pod_template=PodTemplate(pod_spec=V1PodSpec(containers=containers)))
@@ -190,6 +206,9 @@ def edited(backend: KubeRayBackend, change: Callable[[Document], object]) -> str
         (wrong_type, ClusterError, r"not valid there \(422\)"),
         (a_container_before_rays, ConfigError, "sidecar"),
         (more_gpus_than_asked, ConfigError, "worker_pod_template.*resources"),
+        (more_gpus_by_spec, ConfigError, "spec.* gives resources to the container 'ray-worker'"),
+        (too_long_a_label, ClusterError, r"not valid there \(422\)"),
+        (too_long_a_name, ConfigError, r"workerGroupSpecs\[0\]\.labels\.team.*no value of a label"),
     ],
 )
 def test_every_refusal_is_typed_and_leaves_nothing(
@@ -205,7 +224,7 @@ def test_every_refusal_is_typed_and_leaves_nothing(
         started(spoil(backend))
     users = yaml.safe_load(Path(str(backend.kubeconfig)).read_text())["users"]
     assert not any(user["user"].get("token", "?") in str(caught.value) for user in users)
-    assert "Fix:" in str(caught.value) or isinstance(caught.value, ConfigError)
+    assert_explained(caught.value)
 
 
 def test_a_user_without_rights_is_told_which_are_needed(

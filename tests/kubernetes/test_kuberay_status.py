@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from doubles.api import Api, Document, now
 from doubles.front import Front
+from explained import assert_explained
 
 from kfpytorch_ray import (
     Elastic,
@@ -165,8 +166,9 @@ def test_a_cluster_that_never_gets_ready(api: Api, namespace: str, backend: Kube
     api.create("pods", namespace, waiting_pod("c", "c-head"))
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes fit"}
     assert api.patch("pods", namespace, "c-head/status", {"status": {"phase": "Pending", "conditions": [condition]}})
-    with pytest.raises(PlacementTimeoutError, match=r"(?s)within 1 s.*c-head Unschedulable: 0/3 nodes fit.*Fix:"):
+    with pytest.raises(PlacementTimeoutError, match=r"(?s)within 1 s.*c-head Unschedulable: 0/3 nodes fit") as caught:
         run.result()
+    assert_explained(caught.value)
     assert not api.find("rayjobs", namespace)
     with pytest.raises(PlacementTimeoutError, match="within 1 s"):
         attach(run.run_id, storage=backend.storage, backend=backend).result()
@@ -184,8 +186,9 @@ def test_an_image_that_cannot_be_pulled(
     container = {"name": "ray-head", "ready": False, "restartCount": 0, "image": "i", "imageID": ""}
     stuck = {"phase": "Pending", "containerStatuses": [{**container, "state": {"waiting": waiting}}]}
     assert api.patch("pods", namespace, "c-head/status", {"status": stuck})
-    with pytest.raises(ClusterError, match=r"(?s)cannot come up.*ImagePullBackOff: not found"):
+    with pytest.raises(ClusterError, match=r"(?s)cannot come up.*ImagePullBackOff: not found") as caught:
         run.result()
+    assert_explained(caught.value)
     assert "0 of 1 run; c-head/ray-head ImagePullBackOff" in capsys.readouterr().err
     assert not api.find("rayjobs", namespace)
 

@@ -44,7 +44,7 @@ def backend(
 
 def gone(api: Api, namespace: str) -> bool:
     """Whether nothing of a run is left in the cluster."""
-    return not any(api.find(kind, namespace) for kind in ("rayjobs", "rayclusters", "jobs", "pods"))
+    return not any(api.find(kind, namespace) for kind in ("rayjobs", "rayclusters", "jobs", "services", "pods"))
 
 
 def pods(api: Api, namespace: str, labels: str, phase: str = "Running") -> list[str]:
@@ -53,7 +53,7 @@ def pods(api: Api, namespace: str, labels: str, phase: str = "Running") -> list[
 
 
 def test_a_function_is_trained_and_its_results_come_home(
-    api: Api, namespace: str, trainings: ModuleType, backend: KubeRayBackend, capsys: Any
+    api: Api, namespace: str, trainings: ModuleType, backend: KubeRayBackend, node: Node, capsys: Any
 ) -> None:
     """Two nodes on two worker pods, the user's module sent; the log is followed, and everything is cleaned up."""
     result = launch(trainings.train, 10, elastic=Elastic(nnodes=2, nproc_per_node=1, backend=backend))
@@ -62,6 +62,7 @@ def test_a_function_is_trained_and_its_results_come_home(
     assert output.count("rank 0 of 2 sums to 21") == 1
     assert output.count("rank 1 of 2 sums to 21") == 1
     wait_until(lambda: gone(api, namespace), "the cluster to be removed")
+    wait_until(lambda: not node.running, "what ran in its pods to end")
 
 
 def test_a_run_grows_when_a_pod_comes(

@@ -14,7 +14,8 @@ import pytest
 from blocks import rules
 from doubles.api import Api, Document, now
 from doubles.front import Asked, Front
-from flytekit import PodTemplate, Resources
+from explained import assert_explained
+from flytekit import PodTemplate, Resources, task
 from kubernetes.client import V1Container, V1PodSpec, V1ResourceRequirements
 
 from kfpytorch_ray import (
@@ -120,13 +121,35 @@ def no_image(backend: KubeflowBackend) -> KubeflowBackend:
     return replace(backend, image=None)
 
 
+def wrong_context(backend: KubeflowBackend) -> KubeflowBackend:
+    return replace(backend, context="elsewhere")
+
+
+def no_kubeconfig(backend: KubeflowBackend) -> KubeflowBackend:
+    return replace(backend, kubeconfig="/nowhere/config")
+
+
+def too_long_a_label(backend: KubeflowBackend) -> KubeflowBackend:
+    return replace(backend, labels={"team": "x" * 64})
+
+
+def more_gpus_than_asked(backend: KubeflowBackend) -> KubeflowBackend:
+    container = {"name": "pytorch", "resources": {"limits": {"nvidia.com/gpu": "8"}}}
+    worker = {"template": {"spec": {"containers": [container]}}}
+    return replace(backend, requests=Resources(gpu="1"), spec={"pytorchReplicaSpecs": {"Worker": worker}})
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "words"),
     [
         (unknown_field, ConfigError, "spec.runPolicy.colour: this cluster's PyTorchJob does not have it"),
         (wrong_type, ClusterError, r"not valid there \(422\)"),
         (no_namespace, ClusterError, "no namespace 'nowhere'"),
-        (no_image, ConfigError, "needs image="),
+        (no_image, ConfigError, r"(?s)no image is named.*KubeflowBackend\(image="),
+        (wrong_context, ConfigError, "context='elsewhere'"),
+        (no_kubeconfig, ConfigError, "kubeconfig='/nowhere/config'"),
+        (too_long_a_label, ClusterError, r"not valid there \(422\)"),
+        (more_gpus_than_asked, ConfigError, "spec.* gives resources to the container 'pytorch'"),
     ],
 )
 def test_every_refusal_is_typed_and_leaves_nothing(
@@ -137,9 +160,10 @@ def test_every_refusal_is_typed_and_leaves_nothing(
     error: type[Exception],
     words: str,
 ) -> None:
-    """What is wrong is named; neither a PyTorchJob nor a folder is left."""
-    with pytest.raises(error, match=words):
+    """What, why and how to fix it; neither a PyTorchJob nor a folder is left."""
+    with pytest.raises(error, match=words) as caught:
         started(spoil(backend))
+    assert_explained(caught.value)
     assert nothing_is_created(api, namespace, backend)
 
 
@@ -162,15 +186,15 @@ def test_a_cluster_without_the_operator(
     assert nothing_is_created(api, namespace, backend)
 
 
-def test_a_container_that_could_be_taken_for_ours(api: Api, namespace: str, backend: KubeflowBackend) -> None:
+def test_a_pod_template_with_more_gpus_than_are_asked_for(api: Api, namespace: str, backend: KubeflowBackend) -> None:
     """Nothing is created of a pod template that the task's own resources would contradict."""
-    from flytekit import task
-
     resources = V1ResourceRequirements(limits={"nvidia.com/gpu": "8"})
-    template = PodTemplate(pod_spec=V1PodSpec(containers=[V1Container(name="primary", resources=resources)]))
+    containers = [V1Container(name="primary", resources=resources)]
+    template = PodTemplate(pod_spec=V1PodSpec(containers=containers))
     config = Elastic(2, increase_shared_mem=False, backend=backend)
-    with pytest.raises(ConfigError, match="gives resources to the primary container"):
+    with pytest.raises(ConfigError, match="gives resources to the primary container") as caught:
         task(task_config=config, pod_template=template, requests=Resources(gpu="1"))(train)(x=1)
+    assert_explained(caught.value)
     assert nothing_is_created(api, namespace, backend)
 
 
@@ -239,8 +263,9 @@ def test_a_job_that_a_queue_holds_is_waited_for(
     write_conditions(api, namespace, run, "Created", "-Suspended", startTime="2100-01-01T00:00:00Z")
     assert run.status() is RunStatus.PENDING
     write_conditions(api, namespace, run, "Created", "-Suspended", startTime="2020-01-01T00:00:00Z")
-    with pytest.raises(PlacementTimeoutError, match="within 1 s"):
+    with pytest.raises(PlacementTimeoutError, match="within 1 s") as caught:
         run.result()
+    assert_explained(caught.value)
     assert not api.find("pytorchjobs", namespace)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +17,7 @@ from doubles.api import Api
 from doubles.kubelet import MISSING_IMAGE
 from doubles.training_operator import TrainingOperator
 from flytekit import task
+from shell import Shell
 
 from kfpytorch_ray import (
     Elastic,
@@ -26,6 +25,7 @@ from kfpytorch_ray import (
     PyTorch,
     RunPolicy,
     RunStatus,
+    RunStoppedError,
     Worker,
     WorkerFailedError,
     attach,
@@ -42,6 +42,8 @@ pytestmark = [
 ]
 
 STAGED = {CODE, INPUTS, LEASE, REQUEST, RESULTS}
+LEASE_S = 5
+OF_EVERY_NAMESPACE = {"kube-root-ca.crt"}
 LONG_S = 200.0
 """For torch to start on a machine that is busy."""
 
@@ -70,8 +72,9 @@ def on(backend: KubeflowBackend, nodes: int | str = 2, workers: int = 1, **optio
 
 def gone(api: Api, namespace: str) -> bool:
     """Whether nothing of a run is left in the cluster."""
-    kinds = ("pytorchjobs", "pods", "services")
-    return not any(api.find(kind, namespace) for kind in kinds)
+    kinds = ("pytorchjobs", "pods", "services", "secrets", "configmaps")
+    found = {one["metadata"]["name"] for kind in kinds for one in api.find(kind, namespace)}
+    return not found - OF_EVERY_NAMESPACE
 
 
 def left(folder: str) -> set[str]:
@@ -86,9 +89,8 @@ def wait_for_training(folder: str, ranks: int = 2) -> None:
 def test_a_function_is_trained_and_its_results_come_home(
     api: Api, namespace: str, trainings: ModuleType, backend: KubeflowBackend, shared_folder: str, capsys: Any
 ) -> None:
-    """Two pods of two ranks, spawned: value and deck of each, every line once, nothing left but that it was taken."""
-    elastic = replace(on(backend, 2, 2), start_method="spawn")
-    result = launch(trainings.train, 10, elastic=elastic)
+    """Two pods of two ranks: value and deck of each, every line once, nothing left but that it was taken."""
+    result = launch(trainings.train, 10, elastic=on(backend, 2, 2))
     assert [result[rank].return_value["sum"] for rank in range(4)] == [46] * 4
     pods = {result[rank].return_value["pod"] for rank in range(4)}
     assert pods == {f"{result.run_id}-worker-{index}" for index in (0, 1)}
@@ -109,9 +111,10 @@ def test_a_function_is_trained_and_its_results_come_home(
 def test_the_users_exception_is_the_cause(
     api: Api, namespace: str, trainings: ModuleType, backend: KubeflowBackend, shared_folder: str, capsys: Any
 ) -> None:
-    """Whichever pod reports first: that another rank lost its connection follows from it."""
+    """Whichever pod reports first: that another rank lost its connection follows from it. Of spawned ranks, as well."""
+    elastic = replace(on(backend), start_method="spawn")
     with pytest.raises(WorkerFailedError, match="no such column: 'price'") as caught:
-        launch(trainings.fail, "1", elastic=on(backend))
+        launch(trainings.fail, "1", elastic=elastic)
     assert isinstance(caught.value.__cause__, ValueError)
     assert "rank 1" in str(caught.value).splitlines()[0]
     assert "no such column" in capsys.readouterr().out
@@ -168,7 +171,7 @@ def test_a_deadline_ends_the_run(api: Api, namespace: str, trainings: ModuleType
 
 WORK = """
 from flytekit import task
-from kfpytorch_ray import Elastic, KubeflowBackend, launch
+from kfpytorch_ray import Elastic, KubeflowBackend, RunPolicy, launch
 from pytorchjob_trainings import hold
 
 backend = KubeflowBackend(image="registry.example/train:1", namespace={namespace!r})
@@ -180,51 +183,21 @@ def work(folder: str) -> str:
 
 if __name__ == "__main__":
     import sys
+    if sys.argv[2:]:
+        backend.lease_s = float(sys.argv[2])
+        elastic.run_policy = RunPolicy(ttl_seconds_after_finished=2)
     print(launch(hold, sys.argv[1], elastic=elastic)[0].return_value)
 """
 
 
-class Shell:
-    """Where a person works: above the folder of what is launched, with cluster and storage in the environment."""
-
-    def __init__(self, project: Path, backend: KubeflowBackend) -> None:
-        jobs = project / "jobs"
-        jobs.mkdir()
-        (project / "pytorchjob_trainings.py").rename(jobs / "pytorchjob_trainings.py")
-        (jobs / "work.py").write_text(WORK.format(namespace=backend.namespace))
-        self._project = project
-        self._environment = {
-            **os.environ,
-            "KUBECONFIG": str(backend.kubeconfig),
-            "KFPYTORCH_RAY_STORAGE": str(backend.storage),
-            "PYTHONUNBUFFERED": "1",
-            # For a control plane of tests, whose certificate nobody has signed.
-            "PYTHONWARNINGS": "ignore",
-        }
-
-    def start(self, *arguments: object) -> subprocess.Popen[str]:
-        """Start Python."""
-        return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            cwd=self._project,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def command(self, *arguments: object, ends_with: int = 0) -> str:
-        """What kfpytorch-ray prints on standard output."""
-        process = self.start("-m", "kfpytorch_ray.cli", *arguments)
-        output, errors = process.communicate(timeout=LONG_S)
-        assert process.returncode == ends_with, errors
-        return output
-
-
 @pytest.fixture
-def shell(project: Path, backend: KubeflowBackend) -> Shell:
-    return Shell(project, backend)
+def shell(
+    project: Path, backend: KubeflowBackend, shared_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Shell]:
+    work = WORK.format(namespace=backend.namespace)
+    yield Shell(project, "pytorchjob_trainings", work, backend, monkeypatch, LONG_S)
+    # Of a test that fails, no rank may hold a node that the next one needs.
+    Path(shared_folder, "go").touch()
 
 
 def test_a_run_from_begin_to_end_by_the_command_line(
@@ -232,7 +205,7 @@ def test_a_run_from_begin_to_end_by_the_command_line(
 ) -> None:
     """Launched and left alone; looked at, followed, filtered by rank and taken by others, which find it by its id."""
     begin = ("run", "jobs/work.py:work", "--backend", "kubeflow", "--arg", f"folder={shared_folder}", "--detach")
-    run = shell.command(*begin).strip()
+    run = shell.output_of(shell.start("-m", "kfpytorch_ray.cli", *begin)).strip()
     wait_for_training(shared_folder)
     following = shell.start("-m", "kfpytorch_ray.cli", "logs", "-f", run)
     (listed,) = json.loads(shell.command("list", "--json"))
@@ -241,8 +214,7 @@ def test_a_run_from_begin_to_end_by_the_command_line(
     again = attach(run, storage=shared_folder, backend=KubeflowBackend(kubeconfig=backend.kubeconfig))
     assert [*again.logs(rank=1)] == ["[rank 1] rank 1 has begun"]
     Path(shared_folder, "go").touch()
-    lines, errors = following.communicate(timeout=LONG_S)
-    assert following.returncode == 0, errors
+    lines = shell.output_of(following)
     for rank in (0, 1):
         assert lines.count(f"[rank {rank}] rank {rank} has begun") == 1
         assert lines.count(f"[rank {rank}] rank {rank} goes on") == 1
@@ -263,4 +235,21 @@ def test_an_interrupted_launch_leaves_nothing(api: Api, namespace: str, shell: S
     assert launching.returncode != 0
     assert "is stopped." in errors
     assert gone(api, namespace)
+    assert not left(shared_folder) & STAGED
+
+
+def test_a_dead_clients_lease_ends_its_run(
+    api: Api, namespace: str, backend: KubeflowBackend, shell: Shell, shared_folder: str
+) -> None:
+    """SIGKILL; its pod stops its ranks, and the operator removes the job after its time to live: nobody else has to."""
+    launching = shell.start("jobs/work.py", shared_folder, LEASE_S)
+    wait_for_training(shared_folder)
+    shell.kill(launching)
+    wait_until(lambda: gone(api, namespace), "the job to be removed", LONG_S)
+    assert all(Path(shared_folder, f"stopped-{rank}").exists() for rank in (0, 1))
+    (known,) = list_runs(storage_of(shared_folder))
+    again = attach(known.manifest.run_id, storage=shared_folder, backend=KubeflowBackend(kubeconfig=backend.kubeconfig))
+    assert again.status() is RunStatus.STOPPED
+    with pytest.raises(RunStoppedError, match="no sign of life"):
+        again.result()
     assert not left(shared_folder) & STAGED

@@ -401,7 +401,7 @@ def test_a_later_attempt_ends_an_earlier_one(
 
 def test_what_is_wrong_with_the_call(head: HeadCluster, storage: str) -> None:
     """Mistakes are told before anything is sent."""
-    with pytest.raises(ConfigError, match=r"no storage is named, by which the call gets.*: give storage='s3:"):
+    with pytest.raises(ConfigError, match=r"(?s)no storage is named\..*Why:.*Fix: Give storage='s3:"):
         launch(max, 1, 2, elastic=Elastic(backend=RayBackend(address=head.address)))
     with_password = head.address.replace("//", "//ada:s3cret@")
     with pytest.raises(ConfigError, match=r"credentials in it, which would be shown: give them as .*headers") as caught:

@@ -363,7 +363,7 @@ def test_an_unknown_run_and_a_missing_storage_are_wrong_use(storage: Storage, mo
         assert done.exit_code == ExitCode.MISUSE
         assert "kfpytorch-ray list" in done.stderr
     monkeypatch.delenv("KFPYTORCH_RAY_STORAGE")
-    assert "give --storage URI" in cli("list").stderr
+    assert "Fix: Give --storage URI" in cli("list").stderr
 
 
 def test_list_shows_runs_newest_first_and_asks_their_clusters(detached: Any, storage: Storage) -> None:

@@ -111,9 +111,9 @@ def test_without_an_operator_the_rendezvous_is_here(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("container", "words"),
     [
-        (V1Container(name="pytorch"), "rename it"),
+        (V1Container(name="pytorch"), "Fix: Rename it"),
         (V1Container(name="primary", resources=V1ResourceRequirements(limits={"nvidia.com/gpu": "8"})), "requests="),
-        (V1Container(name="primary", command=["sleep"]), "leave it out"),
+        (V1Container(name="primary", command=["sleep"]), "Fix: Leave command and args out"),
     ],
 )
 def test_a_template_that_a_pytorchjob_of_our_own_cannot_have(container: V1Container, words: str) -> None:

@@ -284,6 +284,23 @@ WITH_NAMES = PodTemplate(
 WITH_INIT = PodTemplate(
     pod_spec=V1PodSpec(init_containers=[V1Container(name="fetch")], containers=[V1Container(name="primary")])
 )
+WITH_SIDECAR = PodTemplate(
+    pod_spec=V1PodSpec(containers=[V1Container(name="primary"), V1Container(name="fetch", image="i")])
+)
+
+
+MORE_GPUS = {
+    "rayClusterSpec": {
+        "workerGroupSpecs": [
+            {
+                "groupName": "worker",
+                "template": {
+                    "spec": {"containers": [{"name": "ray-worker", "resources": {"limits": {"nvidia.com/gpu": "8"}}}]}
+                },
+            }
+        ]
+    }
+}
 
 
 @pytest.mark.parametrize(
@@ -301,9 +318,9 @@ WITH_INIT = PodTemplate(
         (KubeRayBackend(runtime_env={"env_vars": object()}), {}, "JSON"),
         (KubeRayBackend(runtime_env="pip"), {}, "must be a dict"),  # type: ignore[arg-type]
         (KubeRayBackend(head_pod_template="x"), {}, "must be a PodTemplate"),  # type: ignore[arg-type]
-        (KubeRayBackend(worker_pod_template=SIDECAR_FIRST), {}, "has the containers proxy beside"),
+        (KubeRayBackend(worker_pod_template=SIDECAR_FIRST), {}, "'proxy' before the primary one"),
         (KubeRayBackend(worker_pod_template=WITH_RESOURCES), {}, "requests="),
-        (KubeRayBackend(head_pod_template=WITH_INIT), {}, "init containers"),
+        (KubeRayBackend(spec=MORE_GPUS), {}, "(spec) gives resources to the container 'ray-worker'"),
         (None, {"pod_template": SIDECAR_FIRST}, "'proxy' before the primary one"),
         (None, {"pod_template": WITH_RESOURCES}, "Ray would not learn"),
         (None, {"environment": {"FLYTE_FAIL_ON_ERROR": "1"}}, "FLYTE_FAIL_ON_ERROR"),
@@ -324,6 +341,20 @@ def test_what_would_break_on_the_way_is_refused(
         on_kuberay(Elastic(backend=backend), **arguments)
     (problem,) = caught.value.problems
     assert words in problem
+
+
+@pytest.mark.parametrize("template", [WITH_INIT, WITH_SIDECAR], ids=["init container", "sidecar"])
+def test_what_flyte_would_drop_of_a_groups_pod_is_refused_when_it_is_registered(template: PodTemplate) -> None:
+    """And not before: without Flyte it is in the RayJob, behind the container in which Ray runs."""
+    backend = KubeRayBackend(worker_pod_template=template, image="registry.example/train:1")
+    made = on_kuberay(Elastic(backend=backend))
+    with pytest.raises(ConfigError, match=r"(?s)containers fetch beside the primary one\.\n.*Why: Flyte.*Fix: "):
+        registered(made)
+    (job,) = KubeRayAdapter(backend).kubernetes_manifests(Elastic(), TaskArguments())
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    assert pod["containers"][0]["name"] == "ray-worker"
+    assert "fetch" in [one["name"] for one in (*pod["containers"], *pod.get("initContainers", ()))]
 
 
 def test_names_that_would_be_in_a_pod_twice_are_all_listed() -> None:
@@ -409,7 +440,7 @@ def test_without_flyte_an_image_is_needed(monkeypatch: pytest.MonkeyPatch) -> No
     """No default image would have this machine's versions."""
     for variable in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "FLYTE_INTERNAL_EXECUTION_ID"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(ConfigError, match="image='REGISTRY/NAME:TAG' is needed"):
+    with pytest.raises(ConfigError, match=r"(?s)Why: Without Flyte.*Fix: Give KubeRayBackend\(image='"):
         KubeRayAdapter(None).run(plan())
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from kfpytorch_ray.cluster.kube.pod_peers import PeerWatch
 from kfpytorch_ray.cluster.kube.pod_reports import better_may_come, report, settle_failure, settle_success
 from kfpytorch_ray.cluster.remote.outcome import Record, read_record, result_name
 from kfpytorch_ray.errors import RunStoppedError, WorkerFailedError
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 from kfpytorch_ray.run import RunStatus
-from kfpytorch_ray.runs import read_outcome
+from kfpytorch_ray.runs import PODS, read_outcome
 from kfpytorch_ray.storage import Storage
+from kfpytorch_ray.testing import wait_until
 
 PEER_IS_GONE = "DistBackendError: connection closed by peer"
 
@@ -94,3 +99,57 @@ def test_where_no_pod_has_said_anything_nothing_follows(run: Storage) -> None:
     """They were killed, or never started."""
     assert not settle_failure(run, "train")
     assert read_outcome(run) is None
+
+
+PEER = """
+import signal, sys
+from kfpytorch_ray.cluster.interruption import interruptible
+from kfpytorch_ray.cluster.kube.pod_peers import PeerWatch
+from kfpytorch_ray.storage import Storage
+
+with interruptible():
+    watch = PeerWatch(Storage(sys.argv[1]), "train-worker-0", 0.4)
+    try:
+        with watch:
+            signal.pause()
+    except SystemExit:
+        print(watch.reason)
+"""
+
+
+def test_a_pod_whose_peer_has_failed_ends_as_well(run: Storage) -> None:
+    """By SIGTERM, some time after the other one's failure, and it knows why; its own failure is none of another's."""
+    failed(run, 0, "mine")
+    with subprocess.Popen([sys.executable, "-c", PEER, run.uri], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            returned(run, 2)
+            failed(run, 1, PEER_IS_GONE)
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert output == "The pod train-worker-1 had failed, and this one still ran 0.4 s later.\n"
+
+
+def test_a_pod_whose_peers_do_well_goes_on(run: Storage) -> None:
+    """Many looks later it was told nothing."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
+    returned(run, 1)
+    failed(run, 0, "mine")
+    looks = CountedLooks(run.uri)
+    try:
+        with PeerWatch(looks, "train-worker-0", 0.02):
+            wait_until(lambda: looks.count > 20, "many looks")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not received
+
+
+class CountedLooks(Storage):
+    """A run's folder that knows how often its pods were listed."""
+
+    count = 0
+
+    def folder(self, name: str) -> Storage:
+        self.count += name == PODS
+        return super().folder(name)

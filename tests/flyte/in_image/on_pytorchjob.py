@@ -25,9 +25,24 @@ def fail(message: str, rank: str, told: str) -> int:
     return training.fail(message, rank, told)
 
 
+@task(**on_two_pods("fork", enable_deck=True))
+def fail_forked(message: str, rank: str, told: str) -> int:
+    return training.fail(message, rank, told)
+
+
 @task(**on_two_pods("fork"))
 def leave_note(folder: str) -> None:
     training.leave_note(folder)
+
+
+@task(**on_two_pods("fork", retries=1))
+def resume(steps: int, told: str) -> int:
+    return training.resume_together(steps, told)
+
+
+@task(**on_two_pods("fork"))
+def train_for_ever(folder: str, goodbye_s: float) -> None:
+    training.train_for_ever(folder, goodbye_s)
 
 
 @task(**on_two_pods("fork"))

@@ -65,6 +65,27 @@ def resume(steps: int) -> int:
     raise FlyteRecoverableException("the node is pre-empted")
 
 
+def resume_together(steps: int, told: str) -> int:
+    """As ``resume``, but that the others wait for rank 0: they fail as well, once it has told Flyte.
+
+    Args:
+        steps: As of ``resume``.
+        told: Where rank 0's pod tells of its failure.
+    """
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    done = torch.tensor(resume(steps))
+    try:
+        dist.all_reduce(done)
+    except RuntimeError:
+        while not Path(told).exists():
+            time.sleep(0.05)
+        raise
+    return int(done.item())
+
+
 def fail(message: str, rank: str = "1", told: str = "") -> int:
     """One rank fails while the others wait for it: they fail as well, because they lose their connection to it.
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[3]
 CAPACITY = {"cpu": "64", "memory": "256Gi", "ephemeral-storage": "1Ti", "pods": "110", "nvidia.com/gpu": "8"}
-_TICK_S = 0.1
+_TICK_S = 0.2
 _GATEWAY = 254
 _FIRST_HOST = 2
 _ENDED = ("Succeeded", "Failed")
