@@ -9,8 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# Much of their time the tests wait. A file stays in one process, which has a cluster of its own. The contract tests fork
-# the process that they run in (start_method="fork"), so they get one that has not loaded what all others need.
+# Much of their time the tests wait. A file stays in one process, which has a cluster of its own.
 TEST_PROCESSES ?= 2
 CHAOS_PROCESSES ?= 2
 KUBE ?= $(abspath ../shared/kube)
@@ -31,7 +30,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-flyte test-kubernetes bench chaos check format clean
+.PHONY: help demo test test-examples test-flyte test-kubernetes bench chaos check format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -40,9 +39,12 @@ demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 	$(BIN)/python examples/digits.py
 
 test: $(INSTALLED) ## Run all tests but those of test-flyte and test-kubernetes
-	$(BIN)/pytest tests/contract
-	$(BIN)/pytest --ignore tests/contract --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
+	$(BIN)/pytest --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
 	$(CHAOS) --chaos-runs 1
+
+test-examples: $(INSTALLED) ## Run the examples that need Lightning, Accelerate and transformers, which are installed for it
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[big-examples]'
+	$(BIN)/pytest tests/ray/test_examples.py -m big_examples
 
 test-flyte: $(INSTALLED) ## Run the commands that Flyte would run, on a real Ray and as the pods of a PyTorchJob
 	$(BIN)/pytest tests/flyte -n $(TEST_PROCESSES) --dist loadfile --durations 15

@@ -6,6 +6,7 @@ variables. What it raises becomes ours.
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kfpytorch_ray.cluster.forking import inheritance_kept
 from kfpytorch_ray.errors import (
     TORCH_IMPORT_ERROR_MESSAGE,
     LaunchError,
@@ -102,9 +104,12 @@ def run_node(
     _limit_threads(plan)
     before = set(multiprocessing.active_children())
     try:
-        returned: dict[int, T] = elastic_launch(config=config, entrypoint=entrypoint)(*args)
+        with inheritance_kept():
+            returned: dict[int, T] = elastic_launch(config=config, entrypoint=entrypoint)(*args)
     except ChildFailedError as error:
         raise _worker_error(error) from error
+    except json.JSONDecodeError as error:
+        raise WorkerFailedError(_half_told(plan), time.time()) from error
     except SignalException as error:
         # It may come while torch is still starting them, and then torch knows nothing of them.
         _end(set(multiprocessing.active_children()) - before)
@@ -154,6 +159,14 @@ def _time_of(failure: ProcessFailure) -> float:
     except OSError:
         # A rank that was killed has written none.
         return float(failure.timestamp)
+
+
+def _half_told(plan: LaunchPlan) -> str:
+    return explain(
+        f"A rank of {plan.name} failed, and was killed while it wrote down why.",
+        "Its error file, which torch elastic reads, ends in the middle.",
+        "Look at the rank's output for what it raised, and whether the machine ran out of memory then.",
+    )
 
 
 def _interrupted(plan: LaunchPlan, error: Exception) -> str:

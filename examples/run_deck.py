@@ -1,17 +1,13 @@
 """The run deck of two launches on a Ray that is started here: one that recovers from a failure, and one that does not.
 
-    python examples/run_deck.py                writes recovered.html and failed.html
-    python examples/run_deck.py --pictures     and screenshots of them, which need playwright and Chromium
+    python examples/run_deck.py        writes recovered.html and failed.html into the current folder
 
 Four ranks on two nodes learn the handwritten digits of scikit-learn. In the first launch a rank meets a bad label once,
 and training goes on from the last checkpoint; in the second it does so again and again, until max_restarts is spent.
 """
 
-import argparse
 import io
 import os
-import shutil
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -55,7 +51,7 @@ def train(stays_broken: bool) -> float:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world
         optimizer.step()
-        progress(epoch, total=EPOCHS, loss=float(loss))
+        progress(epoch, total=EPOCHS, loss=loss.item())
         if rank == 0:
             print(f"epoch {epoch}: loss {loss:.3f}", flush=True)
             buffer = io.BytesIO()
@@ -64,40 +60,16 @@ def train(stays_broken: bool) -> float:
     return float((model(images).argmax(1) == torch.from_numpy(load_digits().target)).float().mean())
 
 
-def main(folder: Path, pictures: bool) -> None:
+def main() -> None:
     """Launch twice, and write what happened."""
     config = Elastic(nnodes=2, nproc_per_node=2, max_restarts=2, backend=RayBackend(address="local"))
     result = launch(train, stays_broken=False, elastic=config)
-    pages = [result.save_html(folder / "recovered.html")]
+    print(result.save_html("recovered.html"))
     try:
         launch(train, stays_broken=True, elastic=config)
     except WorkerFailedError as error:
-        pages.append(error.save_html(folder / "failed.html"))
-    for page in pages:
-        print(page)
-        if pictures:
-            print(photograph(page, last="timeline" if page.stem == "failed" else "resources"))
-
-
-def photograph(page: Path, last: str) -> Path:
-    """A screenshot of a page from its top to the end of a section."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1000, "height": 900})
-        tab.goto(page.resolve().as_uri())
-        picture = page.with_suffix(".png")
-        end = tab.locator(f"#{last}").bounding_box()
-        clip = {"x": 0, "y": 0, "width": 1000, "height": end["y"] + end["height"] + 16}
-        tab.screenshot(path=picture, full_page=True, clip=clip)
-        browser.close()
-    return picture
+        print(error.save_html("failed.html"))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the run decks of two launches.")
-    parser.add_argument("--folder", type=Path, default=Path())
-    parser.add_argument("--pictures", action="store_true")
-    arguments = parser.parse_args()
-    main(arguments.folder, arguments.pictures)
+    main()

@@ -4,6 +4,8 @@ On a Ray that is started here, and inside a Ray cluster::
 
     python examples/train_script.py
     ray job submit --working-dir examples -- python train_script.py
+
+rayjob.yaml has KubeRay make that cluster and run it there.
 """
 
 import os
@@ -13,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from kfpytorch_ray import Elastic, launch
+
+ELASTIC = Elastic(nnodes=2, nproc_per_node=2, backend="ray")
 
 
 def add_ranks(offset: int) -> dict[str, int | str]:
@@ -28,7 +32,7 @@ def add_ranks(offset: int) -> dict[str, int | str]:
 
 def main() -> None:
     """Launch, and print the value of every rank."""
-    result = launch(add_ranks, offset=10, elastic=Elastic(nnodes=2, nproc_per_node=2, backend="ray"))
+    result = launch(add_ranks, offset=10, elastic=ELASTIC)
     for rank in sorted(result):
         print(f"rank {rank}: {result[rank].return_value}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import trainings
 from benchmarks.driver import serve
+from benchmarks.lost_node import recovery
 from benchmarks.marks import mark, wait_for
 from benchmarks.memory import PeakMemory
 
@@ -139,36 +140,13 @@ def steps(folder: str) -> float:
 
 def lost_node(folder: str) -> dict[str, float]:
     """Seconds from SIGKILL of one of three raylets, and from Ray's report of it, to the next round's first line."""
-    import ray
-
     from kfpytorch_ray import launch
     from kfpytorch_ray.cluster import warm as kept
-    from kfpytorch_ray.testing import LaptopCluster, kill_raylet
 
     kept.release_all()
-    if ray.is_initialized():
-        ray.shutdown()
-        _ray.cache_clear()
-    times: dict[str, float] = {}
-    with LaptopCluster(nodes=3) as cluster:
-
-        def kill() -> None:
-            waiting = wait_for(folder, "waits", 3)
-            node = next(each for each in cluster.nodes if _is_on(waiting[-1].pid, each))
-            mark(folder, "kill")
-            times["kill"] = time.time()
-            kill_raylet(node)
-            while sum(each["Alive"] for each in ray.nodes()) == 4:
-                time.sleep(0.005)
-            times["reported"] = time.time()
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        elastic = _elastic(False, nnodes="2:3", nproc=1)
-        launch(trainings.until_told, folder, elastic=elastic)
-        killer.join()
-    line = wait_for(folder, "line", 2, after=times["kill"])[-1].at
-    return {"whole": line - times["kill"], "reported": line - times["reported"]}
+    _ray.cache_clear()
+    elastic = _elastic(False, nnodes="2:3", nproc=1)
+    return recovery(folder, lambda: launch(trainings.until_told, folder, elastic=elastic), _is_on, "line", 2)
 
 
 def _is_on(pid: int, node: Any) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import trainings
 from benchmarks.driver import serve
+from benchmarks.lost_node import NODES, recovery
 from benchmarks.marks import mark, wait_for
 
 WORKERS = 4
@@ -63,40 +63,23 @@ def start(folder: str) -> dict[str, float]:
 def restart(folder: str) -> float:
     """Seconds from SIGKILL of a rank to the first line of all ranks in the next round."""
     _ray()
-    _fit("one_dies", folder, WORKERS, failures=1)
+    _fit("one_dies", folder, WORKERS, failures=3)
     (killed,) = wait_for(folder, "kill", 1)
     return wait_for(folder, "user-line", WORKERS, after=killed.at)[-1].at - killed.at
 
 
 def lost_node(folder: str) -> dict[str, float]:
     """Seconds from SIGKILL of one of three raylets, and from Ray's report of it, to the next round's first line."""
-    import ray
-
-    from kfpytorch_ray.testing import LaptopCluster, kill_raylet
     from kfpytorch_ray.testing.processes import descendants
 
-    if ray.is_initialized():
-        ray.shutdown()
-        _ray.cache_clear()
-    times: dict[str, float] = {}
-    with LaptopCluster(nodes=3) as cluster:
-
-        def kill() -> None:
-            waiting = wait_for(folder, "waits", 3)
-            node = next(each for each in cluster.nodes if waiting[-1].pid in descendants(each.raylet))
-            mark(folder, "kill")
-            times["kill"] = time.time()
-            kill_raylet(node)
-            while sum(each["Alive"] for each in ray.nodes()) == 4:
-                time.sleep(0.005)
-            times["reported"] = time.time()
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        _fit("until_told", folder, 3, failures=1, placement_strategy="SPREAD")
-        killer.join()
-    line = wait_for(folder, "user-line", 3, after=times["kill"])[-1].at
-    return {"whole": line - times["kill"], "reported": line - times["reported"]}
+    _ray.cache_clear()
+    return recovery(
+        folder,
+        lambda: _fit("until_told", folder, NODES, failures=3, placement_strategy="SPREAD"),
+        lambda pid, node: pid in descendants(node.raylet),
+        "user-line",
+        NODES,
+    )
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def _forbidden(said: str, what: str, kind: Kind | None) -> ClusterError:
         return ClusterError(explain(what, said, fix))
     named = kind.crd if kind else "what the backend creates (rayjobs.ray.io, pytorchjobs.kubeflow.org)"
     fix = (
-        f"Ask for a Role with get, list, watch, create and delete on {named}, get, list and watch on pods, get on "
+        f"Ask for a Role with get, list, watch, create and delete on {named}, list and watch on pods, get on "
         "pods/log and list on events; a quota that is used up is refused like this, too."
     )
     return AuthenticationError(explain(what, said, fix))

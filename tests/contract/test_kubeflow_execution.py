@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -155,6 +156,40 @@ def test_restarts_are_made(tmp_path: Path) -> None:
         return os.environ["TORCHELASTIC_RESTART_COUNT"]
 
     assert launch(train, elastic=elastic("fork", max_restarts=1))[0].return_value == "1"
+
+
+def test_a_forked_rank_destroys_nothing_that_it_inherited() -> None:
+    """What belongs to threads of this process would take the rank along: objects of Ray, gRPC, torch."""
+    here = os.getpid()
+
+    class OfThisProcess:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            if os.getpid() != here:
+                os.kill(os.getpid(), signal.SIGSEGV)
+
+    def train() -> int:
+        return gc.collect()
+
+    gc.disable()
+    try:
+        OfThisProcess()
+        assert len(launch(train, elastic=elastic("fork"))) == 2
+    finally:
+        gc.enable()
+
+
+def test_a_rank_that_dies_while_it_writes_its_error_is_a_failure_of_a_rank() -> None:
+    """Of the error file only the beginning is there."""
+
+    def train() -> None:
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text('{"message":')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(WorkerFailedError, match="killed while it wrote down why"):
+        launch(train, elastic=elastic("fork", nproc_per_node=1))
 
 
 def test_a_result_that_cannot_be_pickled_names_rank_and_type() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from blocks import rules
 from doubles.api import Api, Document
 from doubles.front import Asked, Front
 from explained import assert_explained
@@ -237,15 +238,11 @@ def test_a_user_without_rights_is_told_which_are_needed(
         started(replace(backend, kubeconfig=stranger))
 
 
-def test_who_may_do_what_the_message_names_needs_no_more(
+def test_who_may_do_what_the_documentation_names_needs_no_more(
     api: Api, namespace: str, backend: KubeRayBackend, stranger: str, allow: Callable[..., None]
 ) -> None:
-    """A Role for rayjobs, pods and events, without the right to see definitions: a run is launched and cancelled."""
-    allow(
-        ("ray.io", "rayjobs", ["get", "list", "watch", "create", "delete"]),
-        ("", "pods", ["get", "list"]),
-        ("", "events", ["get", "list"]),
-    )
+    """The Role of docs/operations.md, without the right to see definitions: a run is launched and cancelled."""
+    allow(*rules("Role"))
     run = started(replace(backend, kubeconfig=stranger))
     assert run.status() is RunStatus.PENDING
     assert run.cancel() is RunStatus.STOPPED

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blocks import rules
 from doubles.api import Api, Document, now
 from doubles.front import Asked, Front
 from explained import assert_explained
@@ -281,16 +282,12 @@ def test_a_job_that_somebody_deletes_is_lost(api: Api, namespace: str, backend: 
 def test_rights_that_are_missing_are_named(
     api: Api, namespace: str, backend: KubeflowBackend, stranger: str, allow: Callable[..., None]
 ) -> None:
-    """Real RBAC's 403 names the rule for PyTorchJobs; with that, and pods and events, a run needs no more."""
+    """Real RBAC's 403 names the rule for PyTorchJobs; with the Role of docs/operations.md a run needs no more."""
     there = replace(backend, kubeconfig=stranger)
     with pytest.raises(AuthenticationError, match=r"(?s)\(403\).*create and delete on pytorchjobs\.kubeflow\.org,"):
         started(there)
     assert nothing_is_created(api, namespace, backend)
-    allow(
-        ("kubeflow.org", "pytorchjobs", ["get", "list", "watch", "create", "delete"]),
-        ("", "pods", ["get", "list", "watch"]),
-        ("", "events", ["list"]),
-    )
+    allow(*rules("Role"))
     run = started(there)
     assert run.status() is RunStatus.PENDING
     assert run.cancel() is RunStatus.STOPPED

@@ -28,6 +28,7 @@ def train(recovers: bool) -> tuple[float, float]:
     import time
 
     import flytekit
+    import torch.distributed
 
     import kfpytorch_ray
 
@@ -39,6 +40,9 @@ def train(recovers: bool) -> tuple[float, float]:
         kfpytorch_ray.progress(step, total=3, loss=3.0 - step - int(rank))
     while time.time() < began + BUSY_S:
         sum(range(10_000))
+    # A rank that begins late has been busy as well before another one fails.
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
     if restarts == "1" and recovers:
         return began, time.time()
     if rank == "2":

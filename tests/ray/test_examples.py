@@ -99,6 +99,40 @@ def past_epoch(epoch: int, example: subprocess.Popen[str]) -> list[RunningRank]:
     return [rank for rank in ranks_of(example) if rank.step is not None and rank.step >= epoch]
 
 
+def test_elastic_digits_go_on_after_the_kill(short_folder: str) -> None:
+    """Rank 1 is killed at epoch 15; the second round begins there, ends accurate, and the deck shows both rounds."""
+    output = run("elastic_digits.py", TMPDIR=short_folder)
+    assert re.search(r"resumed from epoch 15 on 2 ranks$", output, re.MULTILINE), output
+    assert re.search(r"^round 0: .*rank 1 killed$", output, re.MULTILINE), output
+    assert "round 1: rank 0 succeeded, rank 1 succeeded" in output
+    assert accuracy_in(output) >= 0.93
+    assert "SIGKILL" in Path(short_folder, "elastic_digits.html").read_text()
+
+
+def test_each_trial_of_a_loop_trains_by_itself() -> None:
+    """Three launches on the same agents; a rate that is too low is seen to be worse."""
+    output = run("tuning_loop.py")
+    trials = {
+        float(rate): float(accuracy)
+        for rate, accuracy in re.findall(r"^learning rate (\S+): (\S+) ", output, re.MULTILINE)
+    }
+    assert list(trials) == [0.001, 0.01, 0.1]
+    assert trials[0.001] < trials[0.01]
+    assert accuracy_in(output) == max(trials.values()) >= 0.93
+
+
+@pytest.mark.big_examples
+@pytest.mark.parametrize(
+    ("script", "library"), [("lightning_digits.py", "lightning"), ("accelerate_tiny.py", "accelerate")]
+)
+def test_other_libraries_find_their_ranks(script: str, library: str) -> None:
+    """Both ranks train together, as under torchrun, and learn."""
+    pytest.importorskip(library, reason="pip install -e '.[big-examples]'")
+    output = run(script)
+    assert "ranks: 2" in output
+    assert accuracy_in(output) >= 0.9
+
+
 def test_launch_in_a_script() -> None:
     """Every rank's value comes home."""
     output = run("train_script.py")

@@ -195,23 +195,22 @@ def test_an_interruption_at_a_terminal_asks(
     person, terminal = pty.openpty()
     shown = bytearray()
 
-    def sees(text: str) -> bool:
+    def screen() -> str:
+        # A terminal that nobody reads takes no more after a while, and who writes to it waits.
         while select.select([person], [], [], 0)[0]:
             shown.extend(os.read(person, 4096))
-        return text in shown.decode(errors="replace")
+        return shown.decode(errors="replace")
 
     with laptop(head, storage, tmp_path, terminal=terminal) as script:
-        wait_until(lambda: sees("") or "begun" in script.output(), "the run to begin")
-        script.wait_for("begun")
+        wait_until(lambda: screen() and "begun" in script.output(), "the run to begin")
         os.write(person, CTRL_C)
-        wait_until(lambda: sees("[d]etach"), "the question")
+        wait_until(lambda: "[d]etach" in screen() or script.process.poll() is not None, "the question")
+        assert "[d]etach" in screen(), screen()
         os.write(person, f"{answer}\n".encode())
-        # A terminal that nobody reads takes no more after a while, and who writes to it waits.
-        wait_until(lambda: sees("") or script.process.poll() is not None, "the script to end")
+        wait_until(lambda: screen() and script.process.poll() is not None, "the script to end")
         assert script.process.returncode != 0
-        said = "goes on" if answer == "d" else "is stopped."
-        wait_until(lambda: sees(said), "what became of it")
-        run_id = re.search(r"the run (kfr-[a-z0-9-]+) is submitted", shown.decode())
+        assert ("goes on" if answer == "d" else "is stopped.") in screen()
+        run_id = re.search(r"the run (kfr-[a-z0-9-]+) is submitted", screen())
         assert run_id is not None
         run = attach(run_id[1], storage=storage)
         assert run.status() is status

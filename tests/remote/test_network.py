@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 from moto.server import ThreadedMotoServer
@@ -72,6 +73,8 @@ def object_store(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> Iterator[di
     S3FileSystem.clear_instance_cache()
     S3FileSystem().mkdir("bucket")
     yield variables
+    # The buckets of one process are those of all its servers.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     server.stop()
     S3FileSystem.clear_instance_cache()
 

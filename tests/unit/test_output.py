@@ -175,11 +175,12 @@ def test_logs_are_kept_while_their_rank_runs(tmp_path: Path) -> None:
     log = RankLog(own / "round-0" / "rank-1.log", 100)
     archive = LogArchive(own, str(kept), first_copy_s=0.01)
     numbers = count()
-    while not (kept / "round-0" / "rank-1.log.1").exists():
+    parts = tuple(f"{kept}/round-0/rank-1.log{part}" for part in ("", ".1"))
+    while not all(Path(part).exists() for part in parts):
         log.write(f"line {next(numbers)}\n")
     (result,) = with_logs((record(0, 1),), str(kept))
     assert result.ranks[0].logs == ()
-    assert result.ranks[1].logs[:2] == tuple(f"{kept}/round-0/rank-1.log{part}" for part in ("", ".1"))
+    assert result.ranks[1].logs[:2] == parts
     log.finish()
     archive.finish()
     assert [path.name for path in kept.rglob("*.log*")] == ["rank-1.log"]

@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 from hypothesis import given
@@ -30,6 +31,8 @@ def object_store() -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         Storage("s3://bucket")._files.mkdir("bucket")
         yield "s3://bucket"
+    # The buckets of one process are those of all its servers.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     server.stop()
     S3FileSystem.clear_instance_cache()
 

@@ -186,6 +186,24 @@ def test_leftovers_of_others_are_left_out(machine: Machine, tmp_path: Path) -> N
     assert not Leftovers.now(str(other)).processes
 
 
+def test_agents_of_another_ray_are_left_out(temp_dir: str) -> None:
+    """Of one that somebody on this machine has started without a word of temporary folders."""
+    raylet = "exec -a raylet bash -c '(exec -a ray::ElasticAgent sleep 600) & echo $!; wait'"
+    environment = {name: value for name, value in os.environ.items() if name != "TMPDIR"}
+    process = subprocess.Popen(["bash", "-c", raylet], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    agent = int(process.stdout.readline())
+    try:
+        wait_until(lambda: any(str(agent) in found for found in Leftovers.now().processes), "the agent")
+        assert not any(str(agent) in found for found in Leftovers.now(temp_dir).processes)
+    finally:
+        process.kill()
+        process.wait()
+    # Its raylet has died: it may be anybody's.
+    assert any(str(agent) in found for found in Leftovers.now(temp_dir).processes)
+    os.kill(agent, signal.SIGKILL)
+
+
 def test_something_left_is_an_error(temp_dir: str) -> None:
     """It is named; what was there before is not."""
     Path(temp_dir, "kfpytorch_ray-before").mkdir()
