@@ -21,8 +21,8 @@ _OWN = "kfpytorch_ray-*"
 _OF_LIBRARIES = ("pymp-*", "torch_*", "torchelastic_*")
 """What multiprocessing and torch leave. In a folder that the whole machine uses, nobody knows whose they are."""
 _TORCH_FILE = re.compile(r"torch_(\d+)_")
-_TEMP_DIR_OF_MACHINE = "/tmp"  # noqa: S108 - compared only
 _AGENT_TITLE = "ray::ElasticAgent"
+_DEFAULT_TEMP_DIR = "/tmp"  # noqa: S108 - looked at, not written to
 
 
 @final
@@ -130,20 +130,17 @@ def left_after(before: Leftovers, temp_dir: str | None = None, timeout_s: float 
 
 
 def _agents(temp_dir: str | None) -> set[int]:
-    """The actors' own processes, which carry no mark. Titles are written over an environment, so the raylet's tells."""
-    return {
-        process
-        for process in all_processes()
-        if command(process).startswith(_AGENT_TITLE) and temp_dir in (None, _temp_dir_of(parent(process)) or temp_dir)
-    }
+    """The actors' own processes, which carry no mark."""
+    agents = {process for process in all_processes() if command(process).startswith(_AGENT_TITLE)}
+    return agents if temp_dir is None else {agent for agent in agents if _may_be_under(temp_dir, parent(agent))}
 
 
-def _temp_dir_of(raylet: int) -> str:
-    """The temporary folder of an agent's raylet; empty where that is gone, and another process adopted the agent."""
+def _may_be_under(temp_dir: str, raylet: int) -> bool:
+    """Whether a raylet has this temporary folder. An agent's title is written over what its own environment says."""
     if "raylet" not in command(raylet):
-        return ""
-    # Without the variable it is the machine's.
-    return environment(raylet).get("TMPDIR", _TEMP_DIR_OF_MACHINE)
+        # It has died: nobody knows any more whose the agent was.
+        return True
+    return environment(raylet).get("TMPDIR", _DEFAULT_TEMP_DIR) == temp_dir
 
 
 def _name(process: int) -> str:
