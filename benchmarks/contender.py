@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-SAMPLE_S = 180.0
+SAMPLE_S = 120.0
 
 
 class FailedSampleError(Exception):

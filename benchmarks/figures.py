@@ -105,7 +105,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             WARM: ("ours", "start", {"warm": True}),
             SPAWN: ("upstream", "start", {}),
             SPAWN_QUICK: ("upstream", "start", {"interval_s": 0.1}),
-            FORK: ("upstream", "start", {"start_method": "fork"}),
+            FORK: ("upstream_fork", "start", {}),
             TRAIN: ("raytrain", "start", {}),
         },
         (
@@ -196,7 +196,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {
             WARM: ("ours", "state_dict", {}),
             SPAWN: ("upstream", "state_dict", {}),
-            FORK: ("upstream", "state_dict", {"start_method": "fork"}),
+            FORK: ("upstream_fork", "state_dict", {}),
         },
         (
             Figure(
