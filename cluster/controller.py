@@ -38,7 +38,7 @@ REPORT_INTERVAL_S = 10.0
 REASON_INTERVAL_S = 2.0
 """How often it is looked up why."""
 _TICK_S = 1.0
-_START_TICK_S = 0.05
+_FIRST_TICK_S, _START_TICK_S = 0.002, 0.05
 _START_S = 10.0
 """How long a wait for nodes looks again and again without a pause that is worth the name."""
 
@@ -169,7 +169,7 @@ class Controller:
                 if now - reported >= REPORT_INTERVAL_S:
                     reported = now
                     logger.warning("%s waits for nodes. %s", self._setup.name, self._membership.waiting())
-            self._membership.wait(_TICK_S if now - began > _START_S else _START_TICK_S)
+            self._membership.wait(_pause_s(now - began))
 
     def _not_enough(self) -> LaunchError | PlacementTimeoutError:
         limits = self._limits
@@ -238,3 +238,8 @@ class Controller:
     def _failure(self, reason: Reason, spent: Spent) -> LaunchError:
         losses = [f"{loss.address}: {loss.reason}" for loss in self._losses]
         return launch_error(self._setup.name, self.rounds, reason, spent, self._limits.budgets, losses)
+
+
+def _pause_s(waited_s: float) -> float:
+    """Until nodes are looked for again: what is free is placed in milliseconds, and seen as soon."""
+    return _TICK_S if waited_s > _START_S else min(max(waited_s, _FIRST_TICK_S), _START_TICK_S)
