@@ -54,7 +54,7 @@ test-kubernetes: $(INSTALLED) ## Run the tests that need a Kubernetes cluster: o
 
 bench: $(INSTALLED) ## Measure beside the peers, each figure BENCH_RUNS times (5); QUICK=1 once, in a few minutes
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
-	$(BIN)/python -m benchmarks --runs $(if $(QUICK),1,$(BENCH_RUNS)) --json benchmarks.json
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick,--runs $(BENCH_RUNS)) --json benchmarks.json
 
 chaos: $(INSTALLED) ## Break every row of the failure table CHAOS_RUNS times (20) and count hangs and leftovers
 	$(CHAOS) --chaos-runs $(CHAOS_RUNS)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -29,17 +29,23 @@ _PACKAGES = ("kfpytorch_ray", "ray", "torch", "flytekit", "flytekitplugins-kfpyt
 def main(arguments: Sequence[str]) -> int:
     """Returns 0 if every goal that can be judged is met."""
     options = _options(arguments)
-    chosen = [each for each in EXPERIMENTS if not options.only or each.name in options.only]
+    chosen = [each for each in EXPERIMENTS if each.name in options.only] if options.only else _of(options.quick)
+    runs = 1 if options.quick else options.runs
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-bench-", ignore_cleanup_errors=True) as folder:
+    with ExitStack() as undo:
+        temporary = tempfile.TemporaryDirectory(prefix="kfpytorch-ray-bench-", ignore_cleanup_errors=True)
+        folder = Path(undo.enter_context(temporary))
+        drivers = {module: Contender(module, folder / f"{module}.log") for module in _modules(chosen)}
+        for driver in drivers.values():
+            undo.callback(driver.close)
         for experiment in chosen:
-            samples = _samples(experiment, min(options.runs, experiment.most_runs), Path(folder))
+            samples = _samples(experiment, drivers, runs, folder)
             rows += [_row(figure, samples) for figure in experiment.figures]
     setting = {
         "versions": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "runs": options.runs,
+        "runs": runs,
     }
     Path(options.json).write_text(json.dumps({**setting, "figures": rows}, indent=1) + "\n")
     Console(width=200 if not sys.stdout.isatty() else None).print(_table(rows, setting))
@@ -49,37 +55,38 @@ def main(arguments: Sequence[str]) -> int:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure beside the peers.")
     parser.add_argument("--runs", type=int, default=5, help="samples of each contender (5)")
+    parser.add_argument("--quick", action="store_true", help="one sample, and without what starts a cluster for each")
     parser.add_argument("--only", action="append", choices=[each.name for each in EXPERIMENTS], help="repeatable")
     parser.add_argument("--json", default="benchmarks.json", help="file for the figures (benchmarks.json)")
     return parser.parse_args(arguments)
 
 
-def _samples(experiment: Experiment, runs: int, folder: Path) -> dict[str, list[Any]]:
+def _of(quick: bool) -> list[Experiment]:
+    return [each for each in EXPERIMENTS if each.quick or not quick]
+
+
+def _modules(experiments: Sequence[Experiment]) -> set[str]:
+    return {module for each in experiments for module, _, _ in each.contenders.values()}
+
+
+def _samples(experiment: Experiment, drivers: dict[str, Contender], runs: int, folder: Path) -> dict[str, list[Any]]:
     """Samples by contender, taken in turn; of one that fails there are none, or fewer."""
     samples: dict[str, list[Any]] = defaultdict(list)
     failed: dict[str, str] = {}
-    with ExitStack() as undo:
-        drivers = {module: Contender(module, folder / f"{module}.log") for module, _, _ in _contenders(experiment)}
-        for driver in drivers.values():
-            undo.callback(driver.close)
-        for run in range(runs):
-            for number, (name, (module, scenario, arguments)) in enumerate(experiment.contenders.items()):
-                place = folder / f"{experiment.name}-{run}-{number}"
-                place.mkdir()
-                began = time.monotonic()
-                try:
-                    samples[name].append(drivers[module].ask(scenario, folder=str(place), **arguments))
-                except FailedSampleError as error:
-                    failed[name] = str(error)
-                took = time.monotonic() - began
-                sys.stderr.write(f"{experiment.name} {run + 1}/{runs}: {name}: {took:.1f} s\n")
+    for run in range(runs):
+        for number, (name, (module, scenario, arguments)) in enumerate(experiment.contenders.items()):
+            place = folder / f"{experiment.name}-{run}-{number}"
+            place.mkdir()
+            began = time.monotonic()
+            try:
+                samples[name].append(drivers[module].ask(scenario, folder=str(place), **arguments))
+            except FailedSampleError as error:
+                failed[name] = str(error)
+            took = time.monotonic() - began
+            sys.stderr.write(f"{experiment.name} {run + 1}/{runs}: {name}: {took:.1f} s\n")
     for name, why in failed.items():
         sys.stderr.write(f"{experiment.name}: {name} failed: {why}\n")
     return samples
-
-
-def _contenders(experiment: Experiment) -> Iterator[tuple[str, str, Any]]:
-    yield from experiment.contenders.values()
 
 
 def _row(figure: Figure, samples: dict[str, list[Any]]) -> dict[str, Any]:
