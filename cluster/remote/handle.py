@@ -192,16 +192,14 @@ class RemoteRun:
         if outcome.state == RunStatus.STOPPED.value:
             if not keep:
                 # By its lease, perhaps: then nobody has removed anything yet.
-                self._forget()
-                _removing(discard, self._folder)
+                self._remove_what_it_left()
             raise RunStoppedError(outcome.message)
         record = patience.until_answered(partial(read_record, self._folder, outcome))
         report = self._report(record)
         if record.error is not None:
             record.error.report = report
             if not keep:
-                self._forget()
-                _removing(discard, self._folder)
+                self._remove_what_it_left()
             raise record.error
         ranks = tuple(range(len(outcome.results)))
         downloads = Downloads(self._folder, outcome)
@@ -233,6 +231,11 @@ class RemoteRun:
         if collected(self._folder) is None:
             self._forget()
             collect(self._folder)
+
+    def _remove_what_it_left(self) -> None:
+        """On the cluster and in the storage, of a run that brings no values."""
+        self._forget()
+        _removing(discard, self._folder)
 
     def _forget(self) -> None:
         """Have the cluster remove what it keeps of a job that is over."""
