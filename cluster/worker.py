@@ -13,6 +13,7 @@ import hashlib
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -44,6 +45,7 @@ def main(spec: WorkerSpec) -> None:
     TORCHELASTIC_ERROR_FILE names.
     """
     _separate_from_parent()
+    _leave_finalizers()
     answer_with_stacks(spec.stacks)
     # The agent, under which py-spy is started.
     let_look(int(spec.environment[MARK_VARIABLE].split(os.pathsep)[0]))
@@ -109,6 +111,12 @@ def _separate_from_parent() -> None:
     os.setsid()
     die_with_server()
     leave_fork_server()
+
+
+def _leave_finalizers() -> None:
+    """What is to be undone of the server's objects at its exit is not done by its forks; those of torch take 50 ms."""
+    for finalizer in [*weakref.finalize._registry]:  # type: ignore[attr-defined]
+        finalizer.atexit = False
 
 
 def _redirect_output(spec: WorkerSpec) -> None:
