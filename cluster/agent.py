@@ -49,6 +49,7 @@ from kfpytorch_ray.cluster.protocol import (
 )
 from kfpytorch_ray.cluster.sampling import Sampler, find_gpus, node_facts
 from kfpytorch_ray.cluster.stacks import Hanging, find_py_spy, record_flamegraph, take_stacks
+from kfpytorch_ray.cluster.zygote import Offer, Zygote
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
 from kfpytorch_ray.metric_page import METRICS_NAME, MetricPage
 from kfpytorch_ray.report.data import NodeFacts
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PRELOAD = (
-    "kfpytorch_ray.cluster.guardian",
+    "kfpytorch_ray.cluster.uncollected",
     "numpy",
     "torch",
     "torch.distributed",
@@ -67,7 +68,7 @@ PRELOAD = (
     "kfpytorch_ray.cluster.supervisor",
     "kfpytorch_ray.cluster.preloading",
 )
-"""The last imports what the user names."""
+"""Without garbage collection from the first on; the last imports what the user names."""
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - results pass through memory, in a folder of mode 0700
 _EVERY_ROUND = 2**31
 _LOST_WAIT_S = 10.0
@@ -75,6 +76,17 @@ _LAST_FILES_S = 2 * ARCHIVE_WAIT_S
 """Longest time for the last copies of logs and for the driver to take the last lines; without workers."""
 _LOAD_S = 900.0
 """Longest time for the call to arrive and the fork server to be warm."""
+
+
+def zygote_of(setup: AgentSetup) -> Zygote:
+    """A zygote on this machine for the agents of a launch."""
+    environment = node_environment(os.environ, setup.environment)
+    return Zygote({**environment, PRELOAD_VARIABLE: asked_to_preload(setup)}, PRELOAD)
+
+
+def asked_to_preload(setup: AgentSetup) -> str:
+    """What tells a fork server of the user's modules."""
+    return json.dumps({"modules": setup.preload, "sys_path": setup.sys_path})
 
 
 class ElasticAgent:
@@ -85,9 +97,10 @@ class ElasticAgent:
     Args:
         setup: What holds for all rounds of the first launch, and what of it holds for all launches.
         address: The address that Ray knows for this node.
+        zygote: Of the driver, where it is on this machine.
     """
 
-    def __init__(self, setup: AgentSetup, address: str) -> None:
+    def __init__(self, setup: AgentSetup, address: str, zygote: Offer | None = None) -> None:
         _become(node_environment(os.environ, setup.environment))
         self._setup = setup
         name = f"kfpytorch_ray-{secrets.token_hex(8)}"
@@ -120,8 +133,8 @@ class ElasticAgent:
         self._begin_output(setup)
 
         os.environ[MARK_VARIABLE] = value
-        os.environ[PRELOAD_VARIABLE] = json.dumps({"modules": setup.preload, "sys_path": setup.sys_path})
-        fork_server = ForkServer(PRELOAD, str(self._folder))
+        os.environ[PRELOAD_VARIABLE] = asked_to_preload(setup)
+        fork_server = ForkServer(PRELOAD, str(self._folder), zygote)
         given = SupervisorSetup(
             nproc_per_node=setup.nproc_per_node,
             address=address,

@@ -48,6 +48,11 @@ def has_joined() -> bool:
     return bool(ray.is_initialized())
 
 
+def starts_here(options: RayBackend) -> bool:
+    """Whether a launch would start a Ray on this machine now."""
+    return not has_joined() and _address(options) == "local"
+
+
 @contextmanager
 def connected(options: RayBackend, demand: Mapping[str, float]) -> Iterator[bool]:
     """Have a Ray for the time of one launch.
@@ -96,7 +101,7 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
             )
         return private
 
-    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _address(options)
     if "://" in address:
         raise ConfigError(
             "RayBackend",
@@ -124,6 +129,10 @@ def _connect(options: RayBackend, demand: Mapping[str, float]) -> bool:
             )
         ) from error
     return False
+
+
+def _address(options: RayBackend) -> str:
+    return options.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _refuse_wrong_port(address: str) -> None:

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any
+
+from kfpytorch_ray.cluster.zygote import Offer, ask_for_server, fingerprint
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _LONGEST_SOCKET_FOLDER = 80
@@ -36,15 +43,18 @@ class ForkServer:
     Args:
         preload: Modules to import, in this order; those that cannot be are passed over.
         folder: For sockets and other temporary files of multiprocessing, here and in all children.
+        zygote: Where the server may be forked from, if that was started as the server would be.
     """
 
-    def __init__(self, preload: tuple[str, ...], folder: str) -> None:
+    def __init__(self, preload: tuple[str, ...], folder: str, zygote: Offer | None = None) -> None:
         _hide_main_module()
+        self._preload = [*preload]
         # Its own folder is removed at the exit of a process, and an actor is killed. A socket's path has a bound.
         if len(folder) < _LONGEST_SOCKET_FOLDER:
             multiprocessing.process.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
-        multiprocessing.forkserver.set_forkserver_preload(list(preload))
-        multiprocessing.forkserver.ensure_running()
+        self._of_zygote = zygote is not None and _fork_from(zygote)
+        if not self._of_zygote:
+            self._start()
 
     def start_connected(self, module: str, function: str, given: object) -> tuple[Connection, ForkServerProcess]:
         """Fork a process that calls ``module.function(connection, given)``; its other end is returned.
@@ -52,9 +62,22 @@ class ForkServer:
         The module is imported in the child only.
         """
         ours, theirs = _context.Pipe()
-        process = start(function, _call_by_name, (module, function, theirs, given))
-        theirs.close()
+        with theirs:
+            try:
+                process = start(function, _call_by_name, (module, function, theirs, given))
+            except (EOFError, OSError):
+                if not self._of_zygote:
+                    raise
+                logger.warning("The zygote has died; this agent imports for itself.")
+                self._of_zygote = False
+                leave_fork_server()
+                self._start()
+                process = start(function, _call_by_name, (module, function, theirs, given))
         return ours, process
+
+    def _start(self) -> None:
+        multiprocessing.forkserver.set_forkserver_preload(self._preload)
+        multiprocessing.forkserver.ensure_running()
 
 
 def start(name: str, target: Callable[..., None], args: tuple[Any, ...]) -> ForkServerProcess:
@@ -74,6 +97,31 @@ def share_parents_server() -> None:
     started, and would start another, cold one.
     """
     _server.ensure_running = lambda: None
+
+
+def _fork_from(zygote: Offer) -> bool:
+    """Have this process's server forked from a zygote; whether one could be asked that fits."""
+    if fingerprint(os.environ) != zygote.fingerprint:
+        logger.info("The environment differs from the driver's: this agent imports for itself.")
+        return False
+    address = os.path.join(multiprocessing.util.get_temp_dir(), "fork-server")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        os.chmod(address, 0o600)
+        listener.listen()
+        theirs, ours = os.pipe()
+        try:
+            ask_for_server(zygote.address, listener.fileno(), theirs)
+        except OSError as error:
+            os.close(ours)
+            logger.info("The zygote cannot be asked (%s): this agent imports for itself.", error)
+            return False
+        finally:
+            os.close(theirs)
+    _server._forkserver_address = address
+    _server._forkserver_alive_fd = ours
+    share_parents_server()
+    return True
 
 
 def die_with_server() -> None:

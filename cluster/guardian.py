@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,18 +66,18 @@ def marked_processes(mark: str) -> set[int]:
     return {pid for pid in _all_processes() if pid != os.getpid() and _is_marked(pid, mark.encode())}
 
 
-def strays(mark: str, agent: int) -> set[int]:
-    """What processes that have ended left behind under an agent: marked, but no longer below it.
+def strays(mark: str, owners: AbstractSet[int]) -> set[int]:
+    """What processes that have ended left behind under an agent: marked, but no longer below it or its fork server.
 
     Args:
         mark: ``NAME=value``.
-        agent: The agent's process id; what is below it belongs to it.
+        owners: Process ids of these two; they need not be parent and child.
     """
     parents = {}
     for pid in _all_processes():
         with contextlib.suppress(OSError):
             parents[pid] = int((_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-    return {pid for pid in parents if agent not in _ancestry(pid, parents) and _is_marked(pid, mark.encode())}
+    return {pid for pid in parents if owners.isdisjoint(_ancestry(pid, parents)) and _is_marked(pid, mark.encode())}
 
 
 def kill_all(find: Callable[[], set[int]], timeout_s: float = float("inf"), looks: int = 1) -> None:

@@ -10,10 +10,12 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kfpytorch_ray.cluster.connect import connected
+from kfpytorch_ray.cluster.agent import zygote_of
+from kfpytorch_ray.cluster.connect import connected, starts_here
 from kfpytorch_ray.cluster.controller import Controller
 from kfpytorch_ray.cluster.environment import one_thread_each
 from kfpytorch_ray.cluster.failures import kept_logs
@@ -84,21 +86,28 @@ def _run(
 ) -> tuple[Sequence[Any], tuple[RoundRecord, ...]]:
     demand, launch = request.demand, request.setup
     make_room(demand)
-    with (
-        live(launch.name, launch.known_as or launch.run_id) as shown,
-        connected(options, demand.total(demand.max_nodes)) as private,
-        interruptible(),
-        output_shown(shown.show) as output,
-        crew_for(
-            demand,
-            setup := replace(_joined(request, private, home), launch_id=secrets.token_hex(8)),
-            options,
-            private=private,
-        ) as membership,
-    ):
-        membership.begin(setup, request.payload, output, recorder, shown)
-        controller = Controller(membership, setup, request.limits, shown, recorder)
-        refs = controller.run()
+    with live(launch.name, launch.known_as or launch.run_id) as shown, ExitStack() as undo:
+        zygote, setup = None, None
+        if starts_here(options):
+            setup = _joined(request, True, home)
+            zygote = undo.enter_context(closing(zygote_of(setup)))
+            # It imports while Ray starts.
+            zygote.offer()
+        private = undo.enter_context(connected(options, demand.total(demand.max_nodes)))
+        if setup is None or not private:
+            setup = _joined(request, private, home)
+            zygote = undo.enter_context(closing(zygote_of(setup))) if private else None
+        setup = replace(
+            setup, launch_id=secrets.token_hex(8), driver_address=driver_address() if home else setup.driver_address
+        )
+        with (
+            interruptible(),
+            output_shown(shown.show) as output,
+            crew_for(demand, setup, options, private=private) as membership,
+        ):
+            membership.begin(setup, request.payload, output, recorder, shown, zygote)
+            controller = Controller(membership, setup, request.limits, shown, recorder)
+            refs = controller.run()
     return refs, with_logs(controller.rounds, setup.log_archive)
 
 
@@ -115,5 +124,4 @@ def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:
     )
     own = setup.sys_path if home else tuple(os.path.abspath(path) for path in sys.path)
     sent = () if private else tuple(path for path in setup.sys_path if not os.path.isabs(path))
-    joined = replace(joined, sys_path=(*filter(os.path.isabs, own), *sent))
-    return replace(joined, driver_address=driver_address()) if home else joined
+    return replace(joined, sys_path=(*filter(os.path.isabs, own), *sent))

@@ -31,6 +31,7 @@ from kfpytorch_ray.cluster.pulse import Pulse
 from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.streaming import OutputStream
 from kfpytorch_ray.cluster.survey import alive_nodes, draining_nodes
+from kfpytorch_ray.cluster.zygote import Zygote
 from kfpytorch_ray.errors import ConfigError, LaunchError, explain
 from kfpytorch_ray.live.view import Live
 from kfpytorch_ray.report.data import Activity
@@ -114,6 +115,7 @@ class Membership:
     _output: OutputStream
     _recorder: Recorder
     _live: Live
+    _zygote: Zygote | None
     _pulse: Pulse
 
     def __init__(self, reservation: Reservation, min_nodes: int, silence_timeout_s: float) -> None:
@@ -132,7 +134,15 @@ class Membership:
         self._looked_at = float("-inf")
         self._begun = False
 
-    def begin(self, setup: AgentSetup, payload: bytes, output: OutputStream, recorder: Recorder, live: Live) -> None:
+    def begin(
+        self,
+        setup: AgentSetup,
+        payload: bytes,
+        output: OutputStream,
+        recorder: Recorder,
+        live: Live,
+        zygote: Zygote | None = None,
+    ) -> None:
         """Begin a launch; agents that are there are given it, others are started by ``refresh``.
 
         Args:
@@ -141,6 +151,7 @@ class Membership:
             output: Prints what their ranks print.
             recorder: Is told who they are and what becomes of them.
             live: Is told what they answer.
+            zygote: Where those that are started now may come from; None where they may be on other machines.
         """
         self._setup = setup
         self._payload = ray.put(payload)
@@ -148,6 +159,7 @@ class Membership:
         self._recorder = recorder
         recorder.enter(Activity.PLACING)
         self._live = live
+        self._zygote = zygote
         self._pulse = Pulse(self._silence_timeout_s, self._heard)
         self._begun = True
         self._losses = []
@@ -322,7 +334,7 @@ class Membership:
             name=str(AgentName(self._setup.known_as or self._setup.run_id, self._launch, number)),
             namespace=NAMESPACE,
         )
-        handle: Any = actor.remote(self._setup, address)
+        handle: Any = actor.remote(self._setup, address, self._zygote and self._zygote.offer())
         handle.expect_load.remote()
         member = Member(number, slot, address, handle)
         self._recorder.agent_started(member.number, address, slot.resources)

@@ -240,8 +240,8 @@ class _Launch:
 def _end_strays() -> None:
     """Workers lead groups, which end with them; a child that made a group or session of its own does not."""
     value = os.environ[MARK_VARIABLE]
-    agent = int(value.split(os.pathsep)[0])
-    kill_all(lambda: strays(f"{MARK_VARIABLE}={value}", agent), timeout_s=_STRAYS_WAIT_S)
+    agent, server = int(value.split(os.pathsep)[0]), os.getppid()
+    kill_all(lambda: strays(f"{MARK_VARIABLE}={value}", {agent, server}), timeout_s=_STRAYS_WAIT_S)
 
 
 def _last_sign(beat: Beat, round_started_at: float) -> float:

@@ -108,8 +108,8 @@ def test_what_dead_processes_left_behind_is_told_from_what_belongs_to_the_agent(
         try:
             gone.wait(30)
             gone_unmarked.wait(30)
-            assert strays(mark, os.getpid()) == {stray}
-            kill_all(lambda: strays(mark, os.getpid()))
+            assert strays(mark, {os.getpid()}) == {stray}
+            kill_all(lambda: strays(mark, {os.getpid()}))
             until(lambda: not runs(stray))
             assert all(runs(process) for process in (below.pid, plain.pid, unmarked))
         finally:
