@@ -65,10 +65,10 @@ class ForkServer:
         with theirs:
             try:
                 process = start(function, _call_by_name, (module, function, theirs, given))
-            except (EOFError, OSError):
+            except (EOFError, OSError) as error:
                 if not self._of_zygote:
                     raise
-                logger.warning("The zygote has died; this agent imports for itself.")
+                logger.warning("No fork server came of the zygote (%r): this agent imports for itself.", error)
                 self._of_zygote = False
                 leave_fork_server()
                 self._start()

@@ -109,7 +109,7 @@ class Zygote:
         self._process, self._offer = None, None
 
     def _start(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="kfpytorch_ray-zygote-")
+        self._folder = tempfile.mkdtemp(prefix="kfpytorch_ray_zygote-")
         address = os.path.join(self._folder, "socket")
         ours = -1
         with socket.socket(socket.AF_UNIX) as listener:

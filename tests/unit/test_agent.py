@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from kfpytorch_ray.cluster.agent import PRELOAD, asked_to_preload
+from kfpytorch_ray.cluster.environment import PRELOAD_VARIABLE
 from kfpytorch_ray.cluster.output_spool import Cursor
 from kfpytorch_ray.cluster.pickling import load_parts
 from kfpytorch_ray.cluster.protocol import (
@@ -34,13 +36,14 @@ from kfpytorch_ray.cluster.protocol import (
 )
 from kfpytorch_ray.cluster.spool import parts_of
 from kfpytorch_ray.cluster.stacks import find_py_spy
-from kfpytorch_ray.heartbeat import PAGE_NAME, HeartbeatPage
+from kfpytorch_ray.cluster.zygote import Zygote
+from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
 from kfpytorch_ray.payload import dump_payload
 from kfpytorch_ray.plan import Contract, FlyteContext
 from kfpytorch_ray.report.data import NodeFacts, RankDeck
 from kfpytorch_ray.results import Outcome, RankRecord
 from kfpytorch_ray.testing import wait_until
-from kfpytorch_ray.testing.processes import all_processes
+from kfpytorch_ray.testing.processes import all_processes, environment
 from kfpytorch_ray.testing.processes import is_running as runs
 
 LAUNCH = "one"
@@ -54,7 +57,7 @@ from multiprocessing.connection import Connection
 from kfpytorch_ray.cluster.agent import ElasticAgent
 
 connection = Connection(int(sys.argv[1]))
-agent = ElasticAgent(connection.recv(), "127.0.0.1")
+agent = ElasticAgent(*connection.recv())
 sending = threading.Lock()
 
 def serve(number, method, args):
@@ -128,8 +131,13 @@ class Agent:
         return path.read_text()
 
     def under(self) -> set[int]:
-        """All processes under the agent, itself included."""
-        return {pid for pid in all_processes() if self.process.pid in ancestry(pid)}
+        """All processes under the agent, itself included, and those of a fork server that is a zygote's child."""
+        mark = f"{self.process.pid}{os.pathsep}"
+        return {
+            pid
+            for pid in all_processes()
+            if self.process.pid in ancestry(pid) or environment(pid).get(MARK_VARIABLE, "").startswith(mark)
+        }
 
     def page(self) -> Path:
         (path,) = self.folder.glob(f"kfpytorch_ray-*/{PAGE_NAME}")
@@ -187,8 +195,8 @@ def call_of_a_file(folder: str) -> Callable[[], Any]:
 
 
 @contextlib.contextmanager
-def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
-    """An agent that has loaded everything."""
+def agent_in(folder: Path, *, by_zygote: bool = False, **changes: Any) -> Iterator[Agent]:
+    """An agent that has loaded everything; its fork server is its own, or comes from a zygote of this process."""
     payload = dump_payload(call_of_a_file(str(folder)))
     settings: dict[str, Any] = {
         "name": "test",
@@ -208,20 +216,20 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
         "silence_timeout_s": 3600.0,
         "launch_id": LAUNCH,
     }
+    setup = AgentSetup(**{**settings, **changes})
+    # Not as this shell may have it: what is printed is to arrive all the same.
+    around = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"TMPDIR": str(folder)}
+    zygote = Zygote({**around, **setup.environment, PRELOAD_VARIABLE: asked_to_preload(setup)}, PRELOAD)
     ours, theirs = Pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", HOST, str(theirs.fileno())],
-        pass_fds=[theirs.fileno()],
-        # Not as this shell may have it: what is printed is to arrive all the same.
-        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"TMPDIR": str(folder)},
+        [sys.executable, "-c", HOST, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=around
     )
     theirs.close()
     agent = Agent(process, ours, folder)
     listener = threading.Thread(target=agent.listen, daemon=True)
     listener.start()
     try:
-        setup = AgentSetup(**{**settings, **changes})
-        ours.send(setup)
+        ours.send((setup, ADDRESS, zygote.offer() if by_zygote else None))
         agent.facts = agent.call("load", setup, payload)
         assert len(agent.folders()) == 2
         yield agent
@@ -230,13 +238,15 @@ def agent_in(folder: Path, **changes: Any) -> Iterator[Agent]:
         process.wait()
         listener.join()
         ours.close()
+        zygote.close()
         until(lambda: not agent.folders())
 
 
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+@pytest.fixture(scope="module", params=[False, True], ids=["own server", "by zygote"])
+def agent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     """One for all tests that leave it alive."""
-    with agent_in(tmp_path_factory.mktemp("agent"), max_log_bytes=2**16) as started:
+    folder = tmp_path_factory.mktemp("agent")
+    with agent_in(folder, by_zygote=request.param, max_log_bytes=2**16) as started:
         yield started
 
 
@@ -606,10 +616,11 @@ def test_a_bound_on_what_a_rank_prints(agent: Agent) -> None:
     assert rank.log_tail[-1] == "<0 24999>"
 
 
+@pytest.mark.parametrize("by_zygote", [False, True])
 @pytest.mark.parametrize("victim", ["supervisor", "fork server"])
-def test_workers_do_not_outlive_who_would_stop_them(victim: str, tmp_path: Path) -> None:
+def test_workers_do_not_outlive_who_would_stop_them(victim: str, by_zygote: bool, tmp_path: Path) -> None:
     """Of an agent whose supervisor or fork server was killed, nothing goes on: its successor may start at once."""
-    with agent_in(tmp_path) as agent:
+    with agent_in(tmp_path, by_zygote=by_zygote) as agent:
         _, ending = agent.start_round(f"hear('last'); say('up', os.getpid()); {FOREVER}", f"say('last', ''); {FOREVER}")
         worker = int(agent.said("up"))
         server = int(stat(worker)[1])
