@@ -14,6 +14,7 @@ OURS, WARM = "kfpytorch_ray", "kfpytorch_ray, warm"
 SPAWN, SPAWN_QUICK, FORK = "upstream", "upstream, 0.1 s interval", "upstream, fork"
 REAL, SIMULATED, SIMULATED_FEW = "16 warm agents", "1,000 simulated agents", "100 simulated agents"
 TORCHRUN, TRAIN = "torchrun", "Ray Train v2"
+COPIES = "three plain copies"
 
 Medians = Mapping[str, float]
 """By contender; those that failed are not in it."""
@@ -197,13 +198,14 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             WARM: ("ours", "state_dict", {}),
             SPAWN: ("upstream", "state_dict", {}),
             FORK: ("upstream_fork", "state_dict", {}),
+            COPIES: ("copies", "state_dict", {}),
         },
         (
             Figure(
                 "state dict of 1 GiB from rank 0",
                 "GB/s",
                 lambda sample: _gb_per_s(STATE_BYTES, sample["seconds"]),
-                (WARM, SPAWN, FORK),
+                (WARM, SPAWN, FORK, COPIES),
                 (Goal("1 GB/s", WARM, _fixed(1.0), operator.ge),),
             ),
             Figure(

@@ -421,6 +421,15 @@ def test_the_stacks_of_ranks_that_hang_are_kept(agent: Agent) -> None:
         assert "py-spy:\nProcess " in one.stacks
 
 
+def test_a_collection_in_a_rank_does_not_look_through_what_was_imported(agent: Agent) -> None:
+    """That takes a quarter of a second each time, and copies its pages; what the rank makes is collected as ever."""
+    body = "import gc; return gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects())"
+    assert {rank.outcome for rank in agent.run(body, body)} == {Outcome.SUCCEEDED}
+    for collecting, frozen, looked_at in map(value_of, agent.call("collect")[1:]):
+        assert collecting
+        assert looked_at < frozen / 10
+
+
 def test_who_ended_before_a_hang_was_noticed_keeps_that_end(agent: Agent) -> None:
     """Only ranks that still run hang. A rank that never told of a step is idle since the round began."""
     index, ending = agent.start_round("say('gone', os.getpid()); return None", f"say('left', ''); {FOREVER}")
@@ -631,3 +640,22 @@ def test_workers_do_not_outlive_who_would_stop_them(victim: str, by_zygote: bool
         with pytest.raises(SupervisorLostError):
             ending.result(60)
         until(lambda: not any(runs(pid) for pid in {*agent.under(), worker} - {agent.process.pid}))
+
+
+def test_a_rank_undoes_what_it_made_and_not_what_its_server_made(tmp_path: Path) -> None:
+    """As a spawned process would: a folder of the server's is still there for the next rank."""
+    (tmp_path / "keeps_a_folder.py").write_text(
+        "import tempfile\nFOLDER = tempfile.TemporaryDirectory(prefix='of-the-server-')\n"
+    )
+    with agent_in(tmp_path, preload=("keeps_a_folder",), sys_path=(*sys.path, str(tmp_path))) as agent:
+        body = """
+        import tempfile, keeps_a_folder
+        global own
+        own = tempfile.TemporaryDirectory(prefix="of-a-rank-")
+        say(f"own-{rank}", own.name)
+        assert os.path.isdir(keeps_a_folder.FOLDER.name)
+        """
+        for _ in range(2):
+            assert {rank.outcome for rank in agent.run(body, body)} == {Outcome.SUCCEEDED}
+            assert not any(os.path.exists(agent.said(f"own-{rank}")) for rank in (0, 1))
+        assert list(tmp_path.glob("of-the-server-*"))
