@@ -234,6 +234,12 @@ def test_large_memory_is_not_copied_into_the_pickle() -> None:
     assert np.shares_memory(np.frombuffer(buffers[1], np.float32), tensor.numpy())
 
 
+def test_large_memory_comes_back_in_the_order_of_its_bytes(folder: Path) -> None:
+    """Several threads copy it piece by piece; the last piece is shorter."""
+    value = np.frombuffer(np.random.default_rng(0).bytes(35 * 2**20 + 3), dtype=np.uint8)
+    assert np.array_equal(through_file(value, folder), value)
+
+
 def test_functions_and_classes_come_back_by_value() -> None:
     """What plain pickle refuses travels, as in the payload."""
     factor = 5
