@@ -78,9 +78,14 @@ _LOAD_S = 900.0
 """Longest time for the call to arrive and the fork server to be warm."""
 
 
-def zygote_of(setup: AgentSetup) -> Zygote:
-    """A zygote on this machine for the agents of a launch."""
-    environment = node_environment(os.environ, setup.environment)
+def zygote_of(setup: AgentSetup, node: Mapping[str, str]) -> Zygote:
+    """A zygote on this machine for the agents of a launch.
+
+    Args:
+        setup: What they are given.
+        node: The environment that Ray's processes have here.
+    """
+    environment = node_environment(node, setup.environment)
     return Zygote({**environment, PRELOAD_VARIABLE: asked_to_preload(setup)}, PRELOAD)
 
 

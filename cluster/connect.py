@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -185,6 +186,15 @@ def _is_embedded() -> bool:
 def _started_by_this_process() -> bool:
     node = ray._private.worker._global_node
     return node is not None and bool(node.is_head())
+
+
+def node_environ() -> dict[str, str]:
+    """The environment of the Ray that this process has started: its own may have changed since then."""
+    node = ray._private.worker._global_node
+    assert node is not None
+    (raylet,) = node.all_processes["raylet"]
+    entries = Path(f"/proc/{raylet.process.pid}/environ").read_bytes().split(b"\0")
+    return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
 
 
 def _refuse_ray_client() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kfpytorch_ray.cluster.agent import zygote_of
-from kfpytorch_ray.cluster.connect import connected, starts_here
+from kfpytorch_ray.cluster.connect import connected, node_environ, starts_here
 from kfpytorch_ray.cluster.controller import Controller
 from kfpytorch_ray.cluster.environment import one_thread_each
 from kfpytorch_ray.cluster.failures import kept_logs
@@ -90,13 +90,13 @@ def _run(
         zygote, setup = None, None
         if starts_here(options):
             setup = _joined(request, True, home)
-            zygote = undo.enter_context(closing(zygote_of(setup)))
+            zygote = undo.enter_context(closing(zygote_of(setup, os.environ)))
             # It imports while Ray starts.
             zygote.offer()
         private = undo.enter_context(connected(options, demand.total(demand.max_nodes)))
         if setup is None or not private:
             setup = _joined(request, private, home)
-            zygote = undo.enter_context(closing(zygote_of(setup))) if private else None
+            zygote = undo.enter_context(closing(zygote_of(setup, node_environ()))) if private else None
         setup = replace(
             setup, launch_id=secrets.token_hex(8), driver_address=driver_address() if home else setup.driver_address
         )

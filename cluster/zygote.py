@@ -53,7 +53,6 @@ _ENV_START = 49
 """Field of /proc/PID/stat, counted from 0: where the environment lies that the program was started with."""
 _REQUEST_BYTES = 2**16
 _DESCRIPTORS = 4
-_END_WAIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +98,9 @@ class Zygote:
         if self._process is None:
             return
         os.close(self._lifeline)
-        try:
-            self._process.wait(_END_WAIT_S)
-        except subprocess.TimeoutExpired:
-            # In the middle of an import, where it does not look up.
-            self._process.kill()
-            self._process.wait()
+        # It has nothing to end, and may be in the middle of an import.
+        self._process.kill()
+        self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._process, self._offer = None, None
 
@@ -179,8 +175,7 @@ def main(listener_fd: int, lifeline: int, folder: str, preload: tuple[str, ...])
         while all(key.fileobj is listener for key, _ in selector.select()):
             with listener.accept()[0] as client:
                 request, descriptors = _received(client)
-                child = os.fork() == 0
-            if child:
+            if request is not None and os.fork() == 0:
                 selector.close()
                 listener.close()
                 os.close(lifeline)
@@ -190,12 +185,15 @@ def main(listener_fd: int, lifeline: int, folder: str, preload: tuple[str, ...])
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _received(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
+def _received(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """A request and its descriptors; None of an agent that has died while it asked."""
     data, descriptors, _, _ = socket.recv_fds(client, _REQUEST_BYTES, _DESCRIPTORS)
     while more := client.recv(_REQUEST_BYTES):
         data += more
-    request: dict[str, Any] = json.loads(data)
-    return request, descriptors
+    with suppress(ValueError):
+        request: dict[str, Any] = json.loads(data)
+        return request, descriptors
+    return None, descriptors
 
 
 def _become_server(request: Mapping[str, Any], listener: int, alive: int, stdout: int, stderr: int) -> None:
