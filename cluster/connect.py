@@ -189,12 +189,15 @@ def _started_by_this_process() -> bool:
 
 
 def node_environ() -> dict[str, str]:
-    """The environment of the Ray that this process has started: its own may have changed since then."""
+    """The environment of workers of the Ray that this process has started: its own may have changed since then."""
     node = ray._private.worker._global_node
     assert node is not None
     (raylet,) = node.all_processes["raylet"]
     entries = Path(f"/proc/{raylet.process.pid}/environ").read_bytes().split(b"\0")
-    return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
+    found = dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
+    # Ray's allocator, which its workers do not get.
+    found.pop("LD_PRELOAD", None)
+    return found
 
 
 def _refuse_ray_client() -> None:
