@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ from kfpytorch_ray import (
 )
 from kfpytorch_ray.errors import DeadlineExceededError
 from kfpytorch_ray.results import Ending, Outcome
+from kfpytorch_ray.testing import wait_until
+from kfpytorch_ray.testing.processes import is_running as runs
+from kfpytorch_ray.testing.processes import parent
+
+until = partial(wait_until, what="the processes of a launch to end")
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -45,6 +51,21 @@ with open(path, "w") as file:
 def on_ray(nnodes: int | str = 1, nproc: int = 2, max_restarts: int = 0, **options: Any) -> Elastic:
     """A job on Ray."""
     return Elastic(nnodes=nnodes, nproc_per_node=nproc, max_restarts=max_restarts, backend=RayBackend(**options))
+
+
+def test_agents_of_one_machine_import_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their fork servers are forks of one that the driver has started, also where its environment has changed since."""
+    monkeypatch.setenv("NOT_THERE_WHEN_RAY_STARTED", "1")
+
+    def lineage() -> tuple[int, int]:
+        server = os.getppid()
+        return server, parent(server)
+
+    result = launch(lineage, elastic=on_ray(nnodes=2, nproc=1))
+    (one, its), (other, others) = result[0].return_value, result[1].return_value
+    assert one != other
+    assert its == others
+    until(lambda: not any(runs(pid) for pid in (one, other, its)))
 
 
 def test_workers_find_what_torchrun_gives_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
