@@ -269,7 +269,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         {OURS: ("imports", "ours", {}), SPAWN: ("imports", "upstream", {})},
         (
             Figure(
-                "import, in a new process",
+                "import of what a task takes, in a new process",
                 "s",
                 float,
                 (OURS, SPAWN),

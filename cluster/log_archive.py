@@ -6,6 +6,7 @@ fails costs nobody the training: it is said, and tried again.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
 import threading
@@ -58,6 +59,9 @@ class LogArchive:
 
     def _run(self) -> None:
         over = False
+        # Its imports are made while nobody waits for the last copy.
+        with contextlib.suppress(KfpytorchRayError, OSError):
+            Storage(self._uri)
         while not over:
             over = self._over.wait(self._interval_s)
             self._interval_s = min(2 * self._interval_s, _LONGEST_S)

@@ -2,17 +2,20 @@
 
 The job classes equal those of ``flytekitplugins.kfpytorch`` 1.16: plain dataclasses with the same names, defaults
 and positional order; ``backend`` comes last. Nothing is checked or changed here: kfpytorch_ray.checks reads a config,
-and what depends on the cluster goes into the plan.
+and what depends on the cluster goes into the plan. Agents import this module, so it does without flytekit.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from flyteidl.plugins.kubeflow import common_pb2 as kubeflow_common
-from flytekit import PodTemplate, Resources
+
+if TYPE_CHECKING:
+    from flytekit import PodTemplate, Resources
 
 DEFAULT_TIMEOUT_S = 900
 """Upstream's default for both rendezvous time-outs: nodes may still have to be started and images pulled."""
@@ -408,6 +411,9 @@ class PyTorch:
     increase_shared_mem: bool = True
     backend: str | BackendOptions | None = None
 
+    def __post_init__(self) -> None:
+        _have_tasks_registered()
+
 
 @dataclass
 class Elastic:
@@ -439,3 +445,14 @@ class Elastic:
     increase_shared_mem: bool = True
     run_policy: RunPolicy | None = None
     backend: str | BackendOptions | None = None
+
+    def __post_init__(self) -> None:
+        _have_tasks_registered()
+
+
+def _have_tasks_registered() -> None:
+    """Whoever has made a config finds its task class: flytekit's import may have left it out (kfpytorch_ray.task).
+
+    By name, for imports run down only.
+    """
+    importlib.import_module("kfpytorch_ray.task_classes")

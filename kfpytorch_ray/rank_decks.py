@@ -1,7 +1,8 @@
 """The flytekit decks of a rank on their way out of its process: a file, so that they survive the rank.
 
 Written when the function has returned or raised, and where every rank's decks are wanted also from time to time: a rank
-that is stopped because another one failed gets no chance to write anything.
+that is stopped because another one failed gets no chance to write anything. Agents import this module to read them, so
+it does without flytekit there.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from flytekit import Deck
-from flytekit.deck.deck import TimeLineDeck
+from typing import TYPE_CHECKING, Any
 
 from kfpytorch_ray.report.data import RankDeck
+
+if TYPE_CHECKING:
+    from flytekit import Deck
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ def read(path: str) -> tuple[RankDeck, ...]:
 
 
 def _keep(decks: list[Deck], path: Path, rank: int, over: threading.Event) -> None:
+    from flytekit import Deck
+
     written: list[tuple[str, int]] = []
     pause_s = _FIRST_S
     while not over.wait(pause_s):
@@ -93,6 +96,8 @@ def _keep(decks: list[Deck], path: Path, rank: int, over: threading.Event) -> No
 
 
 def _write(decks: list[Any], path: Path, rank: int) -> None:
+    from flytekit.deck.deck import TimeLineDeck
+
     try:
         data = pickle.dumps(tuple(_shown(deck, rank) for deck in decks if not isinstance(deck, TimeLineDeck)))
         partial = path.with_suffix(".partial")

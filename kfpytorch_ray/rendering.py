@@ -18,7 +18,7 @@ from kfpytorch_ray.config import BackendOptions
 from kfpytorch_ray.errors import ConfigError, explain
 from kfpytorch_ray.images import settings_for
 from kfpytorch_ray.pods import RendersFlyte, RendersKubernetes
-from kfpytorch_ray.task import PytorchElasticFunctionTask, PyTorchFunctionTask
+from kfpytorch_ray.task_classes import PytorchElasticFunctionTask, PyTorchFunctionTask
 
 VIA_FLYTE = "flyte"
 VIA_KUBERNETES = "kubernetes"

@@ -1,7 +1,7 @@
 """What comes back from a launch: values, and what became of every rank.
 
-Free of Ray and torch: the records are plain data that can be pickled, shown and kept, and how a value that still lies
-on another machine is fetched is a callable that the backend hands in.
+Free of Ray, torch and flytekit: the records are plain data that can be pickled, shown and kept, and how a value that
+still lies on another machine is fetched is a callable that the backend hands in.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
-
-from flytekit import Deck
-from flytekit.core.context_manager import OutputMetadata
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.report.carrier import Reported
 from kfpytorch_ray.report.data import RunReport
+
+if TYPE_CHECKING:
+    from flytekit import Deck
+    from flytekit.core.context_manager import OutputMetadata
 
 
 class ElasticWorkerResult(NamedTuple):

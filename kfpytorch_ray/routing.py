@@ -1,7 +1,8 @@
 """Unedited code on our backends: our task classes serve the config types of ``flytekitplugins.kfpytorch``.
 
-flytekit finds a task class by the exact type of the config and takes only one for each, so the entries that upstream
-made are replaced; where upstream is still being imported, its entries are replaced as it makes them.
+flytekit finds a task class by the exact type of the config in a table, and takes only one for each. So the table is
+replaced by one that answers with ours where upstream's is asked for, whether upstream has been imported yet or not.
+Itself without flytekit at import: kfpytorch_ray.task needs it while whichever module of ours imports flytekit.
 """
 
 from __future__ import annotations
@@ -10,10 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-import sys
 from typing import Any
-
-from flytekit.core.task import TaskPlugins
 
 from kfpytorch_ray.config import Elastic, PyTorch
 from kfpytorch_ray.errors import BackendUnavailableError, explain
@@ -46,13 +44,11 @@ def route_upstream() -> None:
                 "Install it with: pip install flytekitplugins-kfpytorch",
             )
         )
-    if _upstream_is_being_imported():
-        _route_what_will_be_registered()
-        return
-    upstream = importlib.import_module(UPSTREAM_MODULE)
+    from flytekit.core.task import TaskPlugins
+
     entries = TaskPlugins._PYTHONFUNCTION_TASK_PLUGINS
-    for name, own_type in _OWN_TYPES.items():
-        entries[getattr(upstream, name)] = entries[own_type]
+    if not isinstance(entries, _RoutedEntries):
+        TaskPlugins._PYTHONFUNCTION_TASK_PLUGINS = _RoutedEntries(entries)
 
 
 def route_if_switched_on() -> None:
@@ -67,17 +63,15 @@ def route_if_switched_on() -> None:
 
 
 class _RoutedEntries(dict[type, Any]):
-    """flytekit's table of task classes, with our class in the place of upstream's as it is registered."""
+    """flytekit's table of task classes, with our class in the place of upstream's."""
 
-    def __setitem__(self, config_type: type, task_class: Any) -> None:
+    def __getitem__(self, config_type: type) -> Any:
         own_type = _OWN_TYPES.get(config_type.__name__) if config_type.__module__ == UPSTREAM_MODULE else None
-        super().__setitem__(config_type, task_class if own_type is None else self[own_type])
-
-
-def _route_what_will_be_registered() -> None:
-    entries = TaskPlugins._PYTHONFUNCTION_TASK_PLUGINS
-    if not isinstance(entries, _RoutedEntries):
-        TaskPlugins._PYTHONFUNCTION_TASK_PLUGINS = _RoutedEntries(entries)
+        if own_type is None:
+            return super().__getitem__(config_type)
+        # Registers our classes, if that has not been done; by name, for it imports this module.
+        importlib.import_module("kfpytorch_ray.task_classes")
+        return super().__getitem__(own_type)
 
 
 def _upstream_is_installed() -> bool:
@@ -85,12 +79,3 @@ def _upstream_is_installed() -> bool:
         return importlib.util.find_spec("flytekitplugins.kfpytorch") is not None
     except ModuleNotFoundError:
         return False
-
-
-def _upstream_is_being_imported() -> bool:
-    """``import flytekitplugins.kfpytorch`` imports flytekit, which imports us by the entry point before it goes on."""
-    upstream = sys.modules.get(UPSTREAM_MODULE)
-    if upstream is None:
-        return False
-    registered = TaskPlugins._PYTHONFUNCTION_TASK_PLUGINS
-    return any(getattr(upstream, name, None) not in registered for name in _OWN_TYPES)

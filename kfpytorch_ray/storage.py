@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from flytekit.core.context_manager import FlyteContextManager
-
 from kfpytorch_ray.errors import IntegrityError, KfpytorchRayError, StorageError, explain
 
 CHUNK_BYTES = 8 * 2**20
@@ -36,6 +34,20 @@ class Digest:
 
     sha256: str
     size_bytes: int
+
+
+def _file_system(uri: str) -> Any:
+    # Imported here, because agents import this module, and few of them use it.
+    from fsspec.utils import get_protocol
+
+    if get_protocol(uri) == "file":
+        from fsspec.implementations.local import LocalFileSystem
+
+        # What flytekit would take, without its import.
+        return LocalFileSystem(auto_mkdir=True)
+    from flytekit.core.context_manager import FlyteContextManager
+
+    return FlyteContextManager.current_context().file_access.get_filesystem_for_path(uri)
 
 
 def digest_of(data: bytes) -> Digest:
@@ -56,7 +68,7 @@ class Storage:
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/") or "/"
         with self._told("opened"):
-            self._files: Any = FlyteContextManager.current_context().file_access.get_filesystem_for_path(self.uri)
+            self._files = _file_system(self.uri)
             self._root = str(self._files._strip_protocol(self.uri)).rstrip("/")
         protocols = (self._files.protocol,) if isinstance(self._files.protocol, str) else self._files.protocol
         self._local = "file" in protocols

@@ -1,18 +1,24 @@
-"""What stands beside ``task_config`` in ``@task(...)``, as far as a backend depends on it."""
+"""What stands beside ``task_config`` in ``@task(...)``, as far as a backend depends on it.
+
+Plans name this class, and agents import plans: flytekit is imported only where its classes are made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flytekit import Resources
-from flytekit.core.pod_template import PodTemplate
-from flytekit.core.resources import ResourceSpec
+if TYPE_CHECKING:
+    from flytekit.core.pod_template import PodTemplate
+    from flytekit.core.resources import ResourceSpec
 
 
 def nothing_asked() -> ResourceSpec:
     """Neither requests nor limits."""
+    from flytekit import Resources
+    from flytekit.core.resources import ResourceSpec
+
     return ResourceSpec(requests=Resources(), limits=Resources())
 
 
@@ -39,6 +45,9 @@ class TaskArguments:
     @classmethod
     def of(cls, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> TaskArguments:
         """From the keyword arguments of a task class."""
+        from flytekit import Resources
+        from flytekit.core.resources import ResourceSpec
+
         both = arguments.get("resources")
         return cls(
             resources=ResourceSpec(

@@ -24,7 +24,7 @@ from kfpytorch_ray.cluster.remote.client import JobClient
 from kfpytorch_ray.config import Elastic, RayBackend, RunPolicy
 from kfpytorch_ray.doctor.machine import boot_id, no_new_folders, try_storage
 from kfpytorch_ray.errors import KfpytorchRayError
-from kfpytorch_ray.launch import launch
+from kfpytorch_ray.plain_call import launch
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.runs import storage_of
 from kfpytorch_ray.storage import Storage

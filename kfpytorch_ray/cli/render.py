@@ -22,7 +22,7 @@ from kfpytorch_ray.preflight import logger as preflight_logger
 from kfpytorch_ray.rendering import VIA_FLYTE, VIA_KUBERNETES, WAYS, Rendered
 from kfpytorch_ray.rendering import render as render_task
 from kfpytorch_ray.routing import ROUTE_VARIABLE
-from kfpytorch_ray.task import PytorchElasticFunctionTask, PyTorchFunctionTask
+from kfpytorch_ray.task_classes import PytorchElasticFunctionTask, PyTorchFunctionTask
 
 FORMATS = {"yaml": as_yaml, "json": as_json}
 

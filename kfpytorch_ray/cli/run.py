@@ -22,8 +22,8 @@ from kfpytorch_ray.cli.options import (
 from kfpytorch_ray.cli.reporting import output_on_stderr, print_json, result_as_json, span
 from kfpytorch_ray.cli.targets import find_target
 from kfpytorch_ray.config import LOGS
-from kfpytorch_ray.launch import launch_function
 from kfpytorch_ray.notices import tell
+from kfpytorch_ray.plain_call import launch_function
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
 

@@ -342,7 +342,7 @@ def test_a_launch_of_a_task_has_its_resources_and_environment(detached: Any) -> 
     """They would be dropped in silence otherwise."""
     from flytekit import task
 
-    from kfpytorch_ray.launch import launch_function
+    from kfpytorch_ray.plain_call import launch_function
 
     @task(task_config=Elastic(backend="detached"), requests=Resources(cpu="3", gpu="1"), environment={"A": "1"})
     def train(x: int) -> int:

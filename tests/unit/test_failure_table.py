@@ -15,7 +15,7 @@ from kfpytorch_ray.cluster.limits import Budgets, Spent
 from kfpytorch_ray.cluster.policy import Finish, Present, Raise, Retry, decide
 from kfpytorch_ray.errors import InfeasibleError, KfpytorchRayError, PayloadError, PlacementTimeoutError
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord, Stage
-from kfpytorch_ray.task import _flyte_error
+from kfpytorch_ray.task_classes import _flyte_error
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 NOTHING_LEFT = Budgets(0, 0)
