@@ -107,13 +107,12 @@ class Zygote:
     def _start(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="kfpytorch_ray_zygote-")
         address = os.path.join(self._folder, "socket")
-        ours = -1
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address)
-            listener.listen()
-            theirs, ours = os.pipe()
-            call = f"main({listener.fileno()}, {theirs}, {self._folder!r}, {self._preload!r})"
-            try:
+        theirs, self._lifeline = os.pipe()
+        try:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(address)
+                listener.listen()
+                call = f"main({listener.fileno()}, {theirs}, {self._folder!r}, {self._preload!r})"
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", f"from {__name__} import main; {call}"],
                     env={**self._environment, _SPACE_VARIABLE: " " * _SPACE_BYTES},
@@ -124,13 +123,13 @@ class Zygote:
                     # A Ctrl-C in the terminal is for the driver.
                     start_new_session=True,
                 )
-            except OSError:
-                os.close(ours)
-                shutil.rmtree(self._folder, ignore_errors=True)
-                raise
-            finally:
-                os.close(theirs)
-        self._lifeline = ours
+        except OSError:
+            # Where temporary files have long names, there is no room for a socket's.
+            os.close(self._lifeline)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        finally:
+            os.close(theirs)
         self._offer = Offer(address, fingerprint(self._environment))
 
 

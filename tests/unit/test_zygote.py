@@ -79,11 +79,12 @@ class Agent:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(short_folder: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder for all that is made; agents find the module there that they run."""
-    (tmp_path / "tell.py").write_text(TELL)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path
+    folder = Path(short_folder)
+    (folder / "tell.py").write_text(TELL)
+    monkeypatch.setattr("tempfile.tempdir", short_folder)
+    return folder
 
 
 def around(folder: Path, **more: str) -> dict[str, str]:
@@ -185,6 +186,16 @@ def test_servers_outlive_the_zygote_that_is_no_longer_needed(zygote: Zygote, her
         assert not runs(pid)
         assert not list(here.glob("*zygote*"))
         assert agent.start("second")["server"] == server
+
+
+def test_without_room_for_a_socket_agents_import_for_themselves(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path has a bound; nothing is left of the attempt."""
+    folder = here / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with contextlib.closing(Zygote(around(here), ())) as made:
+        assert made.offer() is None
+        assert not list(folder.iterdir())
 
 
 def test_its_folder_is_its_users(zygote: Zygote, here: Path) -> None:
