@@ -9,8 +9,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# Much of their time the tests wait. A file stays in one process, which has a cluster of its own.
-TEST_PROCESSES ?= 2
+# Much of their time the tests wait. A file stays in one process, which has a cluster of its own; long files come first.
+TEST_PROCESSES ?= 3
+SPREAD = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 CHAOS_PROCESSES ?= 2
 KUBE ?= $(abspath ../shared/kube)
 CHAOS_RUNS ?= 20
@@ -22,15 +23,16 @@ CHAOS = $(BIN)/pytest tests/chaos -n $(CHAOS_PROCESSES) --dist worksteal
 ifeq ($(origin KUBECONFIG),command line)
 KUBERNETES := KFPYTORCH_RAY_TEST_KUBECONFIG=$(abspath $(KUBECONFIG))
 KUBERNETES_PROCESSES :=
+LEAVE_OUT := tests/kubernetes
 else
 KUBERNETES := KFPYTORCH_RAY_KUBE=$(KUBE)
-KUBERNETES_PROCESSES := -n $(TEST_PROCESSES) --dist loadfile
+KUBERNETES_PROCESSES = $(SPREAD)
 endif
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-examples test-flyte test-kubernetes bench chaos check format clean
+.PHONY: help demo test test-all test-examples test-flyte test-kubernetes bench chaos check format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -39,15 +41,20 @@ demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 	$(BIN)/python examples/digits.py
 
 test: $(INSTALLED) ## Run all tests but those of test-flyte and test-kubernetes
-	$(BIN)/pytest --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes -n $(TEST_PROCESSES) --dist loadfile --durations 15
+	$(BIN)/pytest --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes $(SPREAD) --durations 15
 	$(CHAOS) --chaos-runs 1
+
+# Folders are named, because pytest reads their options in the process that reports only then.
+test-all: $(INSTALLED) ## Run what test, test-flyte and test-kubernetes run, but in one go; LEAVE_OUT=FOLDER leaves one out
+	$(KUBERNETES) $(BIN)/pytest $(filter-out $(LEAVE_OUT),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))) \
+		$(SPREAD) --chaos-runs 1 --durations 25
 
 test-examples: $(INSTALLED) ## Run the examples that need Lightning, Accelerate and transformers, which are installed for it
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[big-examples]'
 	$(BIN)/pytest tests/ray/test_examples.py -m big_examples
 
 test-flyte: $(INSTALLED) ## Run the commands that Flyte would run, on a real Ray and as the pods of a PyTorchJob
-	$(BIN)/pytest tests/flyte -n $(TEST_PROCESSES) --dist loadfile --durations 15
+	$(BIN)/pytest tests/flyte $(SPREAD) --durations 15
 
 test-kubernetes: $(INSTALLED) ## Run the tests that need a Kubernetes cluster: one of their own by the scripts in KUBE, or KUBECONFIG=FILE
 	$(KUBERNETES) $(BIN)/pytest tests/kubernetes $(KUBERNETES_PROCESSES) --durations 15

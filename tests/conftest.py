@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +17,44 @@ from hypothesis import HealthCheck, settings
 from kfpytorch_ray.testing import nothing_left, wait_until
 
 DEADLINE_S = 120.0
+
+LONG_FILES = (
+    "remote/test_laptop.py",
+    "remote/test_runs.py",
+    "remote/test_clusters.py",
+    "remote/test_doctor.py",
+    "remote/test_cli.py",
+    "remote/test_storages.py",
+    "remote/test_head.py",
+    "remote/test_shared_head.py",
+    "remote/test_readme.py",
+    "chaos/test_nodes.py",
+    "ray/test_warm.py",
+    "docs/test_blocks.py",
+    "flyte/test_kuberay.py",
+    "remote/test_network.py",
+    "ray/test_ways_in.py",
+    "ray/test_launch.py",
+    "flyte/test_pytorchjob.py",
+    "ray/test_examples.py",
+    "chaos/test_ranks.py",
+    "ray/test_shared_cluster.py",
+    "chaos/test_partition.py",
+    "chaos/test_driver.py",
+    "ray/test_log_lines.py",
+    "ray/test_notebook.py",
+    "ray/test_cluster.py",
+    "ray/test_inspection.py",
+    "contract/test_kubeflow_execution.py",
+    "kubernetes/test_pytorchjob_training.py",
+    "kubernetes/test_kuberay_cluster.py",
+    "kubernetes/test_kuberay_training.py",
+    "kubernetes/test_ray_operator.py",
+    "unit/test_agent.py",
+)
+"""What takes longer than half a minute. About the longest first, but files that share something stay together: a head,
+a control plane.
+"""
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -34,6 +73,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--renew-golden", action="store_true", help="write the rendered manifests instead of comparing them"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among several processes long files come first, so that none is alone with one at the end.
+
+    pytest-xdist gives each process the next file, in this order where it is told --no-loadscope-reorder.
+    """
+    here = Path(__file__).parent
+    assert not [name for name in LONG_FILES if not (here / name).is_file()]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {here / name: place for place, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture

@@ -11,19 +11,20 @@ from torch import distributed
 
 from kfpytorch_ray.cluster.doctor.report import LARGE_BYTES, Collective
 
-_TIMEOUT_S = 30.0
+TIMEOUT_S = 30.0
 _TIMES = 3
 
 
-def all_reduce(backend: str) -> Collective:
+def all_reduce(backend: str, timeout_s: float = TIMEOUT_S) -> Collective:
     """Do it, with all other ranks; what fails is told and not raised.
 
     Args:
         backend: ``"gloo"`` or ``"nccl"``.
+        timeout_s: Longest wait for the others, at each step.
     """
     device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
     try:
-        distributed.init_process_group(backend, timeout=timedelta(seconds=_TIMEOUT_S))
+        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         try:
             small = _seconds(torch.ones(1, device=device))
             large = _seconds(torch.ones(LARGE_BYTES // 4, device=device))

@@ -30,6 +30,8 @@ from kfpytorch_ray.doctor.torch_report import torch_report
 from kfpytorch_ray.heartbeat import MARK_VARIABLE
 
 _STORAGE_S = 60.0
+_BROKEN_S = 10.0
+"""For an all_reduce of nodes that are known not to reach each other: most often it waits for nothing."""
 
 
 def examine(exchange: str | None, backend: str | None) -> NodeReport:
@@ -41,7 +43,7 @@ def examine(exchange: str | None, backend: str | None) -> NodeReport:
         backend: Of the all_reduce; None leaves it out.
     """
     # The machine that launches imports this module, too, and its torch may be what is ill.
-    from kfpytorch_ray.cluster.doctor.collective import all_reduce
+    from kfpytorch_ray.cluster.doctor.collective import TIMEOUT_S, all_reduce
     from kfpytorch_ray.cluster.doctor.peers import connect_all, place
 
     began_at = time.time()
@@ -49,7 +51,8 @@ def examine(exchange: str | None, backend: str | None) -> NodeReport:
     master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     where = place(master[0])
     peers = connect_all(rank, world_size, master, where)
-    collective = all_reduce(backend) if backend else None
+    patience_s = _BROKEN_S if any(peer.error for peer in peers) else TIMEOUT_S
+    collective = all_reduce(backend, patience_s) if backend else None
     storage = _bounded(lambda: answer(exchange, rank)) if exchange else None
     hostname = socket.gethostname()
     return NodeReport(

@@ -33,9 +33,12 @@ def given_back() -> Iterator[None]:
     wait_until(lambda: not running_agents(), "all agents to end")
 
 
-def launched(fn: Callable[..., Any], *args: Any, nproc_per_node: int = 1, **options: Any) -> ElasticResult:
+def launched(
+    fn: Callable[..., Any], *args: Any, nnodes: int = 2, nproc_per_node: int = 1, **options: Any
+) -> ElasticResult:
+    """An agent costs five seconds of a core: one node is enough where the second would show nothing."""
     backend = RayBackend(**{"keep_warm_s": 600.0, **options})
-    return launch(fn, *args, elastic=Elastic(nnodes=2, nproc_per_node=nproc_per_node, backend=backend))
+    return launch(fn, *args, elastic=Elastic(nnodes=nnodes, nproc_per_node=nproc_per_node, backend=backend))
 
 
 def agents() -> set[int]:
@@ -147,10 +150,10 @@ def test_a_launch_that_failed_leaves_its_agents_warm() -> None:
 
 def test_another_shape_has_agents_of_its_own() -> None:
     """What modules may have read while they were imported has to be the same: those of before are given back."""
-    launched(rank)
+    launched(rank, nnodes=1)
     first = agents()
-    other = launched(lambda: os.environ.get("OTHER"), env={"OTHER": "x"})
-    assert other[1].return_value == "x"
+    other = launched(lambda: os.environ.get("OTHER"), nnodes=1, env={"OTHER": "x"})
+    assert other[0].return_value == "x"
     assert not agents() & first
     # Eight CPUs: four workers on each of two nodes need all of them.
     assert launched(rank, nproc_per_node=4)[7].return_value == 7
@@ -159,7 +162,7 @@ def test_another_shape_has_agents_of_its_own() -> None:
 
 def test_the_time_is_up() -> None:
     """Then agents and nodes are given back without anybody's doing."""
-    launched(rank, keep_warm_s=0.5)
+    launched(rank, nnodes=1, keep_warm_s=0.5)
     wait_until(lambda: not agents() and free_cpus() == 8, "the agents to be given back")
 
 
@@ -203,7 +206,7 @@ def interrupt(driver: int) -> None:
 def test_an_interrupted_launch_keeps_nothing() -> None:
     """Whoever breaks a launch off wants its nodes back."""
     with pytest.raises(KeyboardInterrupt):
-        launched(interrupt, os.getpid())
+        launched(interrupt, os.getpid(), nnodes=1)
     wait_until(lambda: not agents() and free_cpus() == 8, "the nodes to be given back")
 
 
@@ -233,7 +236,7 @@ def test_preloaded_modules_are_there_and_dangerous_ones_are_refused_by_name(
         "import threading\nthreading.Thread(target=threading.Event().wait, name='busy', daemon=True).start()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert launched(lambda: "heavy_module" in sys.modules, preload=("heavy_module",))[1].return_value
-    assert not launched(lambda: "heavy_module" in sys.modules)[1].return_value
+    assert launched(lambda: "heavy_module" in sys.modules, nnodes=1, preload=("heavy_module",))[0].return_value
+    assert not launched(lambda: "heavy_module" in sys.modules, nnodes=1)[0].return_value
     with pytest.raises(ConfigError, match=r"preload: 'busy_module' starts threads while it is imported \(busy\)"):
-        launched(rank, preload=("heavy_module", "busy_module"))
+        launched(rank, nnodes=1, preload=("heavy_module", "busy_module"))

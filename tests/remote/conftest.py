@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kfpytorch_ray.runs import CLUSTERS
 from kfpytorch_ray.testing import HeadCluster, Laptop, nothing_left, unavailable, wait_until
 
 DEADLINE_S = 120.0
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+_HERE = Path(__file__).parent
+_heads: list[HeadCluster] = []
+_shared = contextlib.ExitStack()
+"""What ends with the last test of this folder that comes in one go."""
 
 
 @pytest.fixture(scope="session")
@@ -21,11 +27,20 @@ def package() -> dict[str, str]:
     return {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 
 
-@pytest.fixture(scope="module")
-def head(package: dict[str, str]) -> Iterator[HeadCluster]:
-    """A head, and two nodes of four CPUs each. A test that breaks it starts one of its own."""
-    with HeadCluster(nodes=2, cpus=4, env=package) as started:
-        yield started
+@pytest.fixture
+def head(package: dict[str, str]) -> HeadCluster:
+    """A head, and two nodes of four CPUs each, for all files. A test that breaks it starts one of its own."""
+    if not _heads:
+        _heads.append(_shared.enter_context(HeadCluster(nodes=2, cpus=4, env=package)))
+    return _heads[0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The head costs 13 s of a core to start and one in 20 s to keep: it stays as long as tests of this folder come."""
+    if nextitem is None or nextitem.path.parent != _HERE:
+        _heads.clear()
+        _shared.close()
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +63,23 @@ def far_head(laptop: Laptop, package: dict[str, str]) -> Iterator[HeadCluster]:
 def storage(tmp_path: Path) -> str:
     """A folder that this process and the cluster share, as a URI; it is not there yet."""
     return (tmp_path / "storage").as_uri()
+
+
+@pytest.fixture(scope="session")
+def known_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the storage is that clusters are not asked about again."""
+    return tmp_path_factory.mktemp("known")
+
+
+@pytest.fixture
+def known_storage(known_folder: Path) -> str:
+    """As ``storage``, but for what clusters have answered about it: only the first launch on each has to ask."""
+    # Before a test and not after it: its jobs may write until they have ended.
+    storage = known_folder / "storage"
+    for left in (*known_folder.iterdir(), *storage.glob("*")):
+        if left not in (storage, storage / CLUSTERS):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return storage.as_uri()
 
 
 @pytest.fixture(autouse=True)

@@ -16,17 +16,6 @@ from ray.job_submission import JobSubmissionClient
 from kfpytorch_ray.testing import HeadCluster, Laptop, Relay, kill_node, unavailable, wait_until
 from kfpytorch_ray.testing.processes import all_processes, command, environment
 
-ASKS = """
-import sys, time, requests
-while True:
-    try:
-        requests.get(sys.argv[1] + "/api/version", timeout=1)
-        print("reached", end=",", flush=True)
-    except requests.RequestException:
-        print("not reached", end=",", flush=True)
-    time.sleep(0.1)
-"""
-
 
 @pytest.fixture(autouse=True)
 def no_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +33,8 @@ def says(client: JobSubmissionClient, text: str) -> bool:
 
 def test_jobs_run(head: HeadCluster) -> None:
     """At once, without a look at whether the server can start them."""
-    assert says(JobSubmissionClient(head.address), "hi")
-    assert [job["entrypoint"] for job in head.jobs()] == ["echo hi"]
+    assert says(JobSubmissionClient(head.address), "here I am")
+    assert [job["entrypoint"] for job in head.jobs()].count("echo here I am") == 1
     assert len(head.nodes) == 2
 
 
@@ -113,26 +102,6 @@ def test_tls_in_front_of_it(head: HeadCluster, tmp_path: Path) -> None:
         assert says(JobSubmissionClient(relay.url, verify=str(bundle)), "hi")
         with pytest.raises(ConnectionError):
             JobSubmissionClient(relay.url)
-
-
-def test_a_laptop_loses_its_network(laptop: Laptop, far_head: HeadCluster, tmp_path: Path) -> None:
-    """And nobody else does; it has it again afterwards."""
-    log = tmp_path / "log"
-
-    def last() -> str:
-        return log.read_text().rpartition(",")[0].rpartition(",")[2]
-
-    with log.open("w") as file, laptop.start(ASKS, far_head.address, stdout=file) as asking:
-        wait_until(lambda: last() == "reached", "the laptop to reach the head")
-        laptop.cut()
-        try:
-            wait_until(lambda: last() == "not reached", "the laptop to be cut off")
-            assert says(JobSubmissionClient(far_head.address), "hi")
-            assert last() == "not reached"
-        finally:
-            laptop.heal()
-        wait_until(lambda: last() == "reached", "the laptop to reach the head again")
-        asking.kill()
 
 
 def test_a_laptop_ends_with_what_runs_on_it() -> None:

@@ -1,4 +1,4 @@
-"""A laptop that loses its network for a minute while it follows a run: with a real link, cut and healed.
+"""A laptop that loses its network, for a minute also while it follows a run: with a real link, cut and healed.
 
 The cluster and the storage, which speaks S3, are behind that link both.
 """
@@ -51,6 +51,16 @@ def main(address, storage, folder, variables):
 
 main(*sys.argv[1:])
 """
+ASKS = """
+import sys, time, requests
+while True:
+    try:
+        requests.get(sys.argv[1] + "/api/version", timeout=1)
+        print("reached", end=",", flush=True)
+    except requests.RequestException:
+        print("not reached", end=",", flush=True)
+    time.sleep(0.1)
+"""
 A_MINUTE = 600
 """In ticks."""
 
@@ -77,6 +87,26 @@ def object_store(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> Iterator[di
     urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     server.stop()
     S3FileSystem.clear_instance_cache()
+
+
+def test_a_laptop_loses_its_network(laptop: Laptop, far_head: HeadCluster, tmp_path: Path) -> None:
+    """And nobody else does; it has it again afterwards."""
+    log = tmp_path / "log"
+
+    def last() -> str:
+        return log.read_text().rpartition(",")[0].rpartition(",")[2]
+
+    with log.open("w") as file, laptop.start(ASKS, far_head.address, stdout=file) as asking:
+        wait_until(lambda: last() == "reached", "the laptop to reach the head")
+        laptop.cut()
+        try:
+            wait_until(lambda: last() == "not reached", "the laptop to be cut off")
+            assert far_head.jobs() == []
+            assert last() == "not reached"
+        finally:
+            laptop.heal()
+        wait_until(lambda: last() == "reached", "the laptop to reach the head again")
+        asking.kill()
 
 
 @pytest.mark.timeout(600)
