@@ -13,6 +13,7 @@ INSTALLED := .venv/.installed
 TEST_PROCESSES ?= 3
 SPREAD = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 CHAOS_PROCESSES ?= 2
+LEAVE_OUT ?= tests/kubernetes
 KUBE ?= $(abspath ../shared/kube)
 CHAOS_RUNS ?= 20
 BENCH_RUNS ?= 5
@@ -23,7 +24,6 @@ CHAOS = $(BIN)/pytest tests/chaos -n $(CHAOS_PROCESSES) --dist worksteal
 ifeq ($(origin KUBECONFIG),command line)
 KUBERNETES := KFPYTORCH_RAY_TEST_KUBECONFIG=$(abspath $(KUBECONFIG))
 KUBERNETES_PROCESSES :=
-LEAVE_OUT := tests/kubernetes
 else
 KUBERNETES := KFPYTORCH_RAY_KUBE=$(KUBE)
 KUBERNETES_PROCESSES = $(SPREAD)
@@ -32,7 +32,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all test-examples test-flyte test-kubernetes bench chaos check format clean
+.PHONY: help demo test test-examples test-flyte test-kubernetes bench chaos check format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -40,12 +40,8 @@ help: ## Show the targets
 demo: $(INSTALLED) ## Train on scikit-learn's handwritten digits, on Ray
 	$(BIN)/python examples/digits.py
 
-test: $(INSTALLED) ## Run all tests but those of test-flyte and test-kubernetes
-	$(BIN)/pytest --ignore tests/chaos --ignore tests/flyte --ignore tests/kubernetes $(SPREAD) --durations 15
-	$(CHAOS) --chaos-runs 1
-
 # Folders are named, because pytest reads their options in the process that reports only then.
-test-all: $(INSTALLED) ## Run what test, test-flyte and test-kubernetes run, but in one go; LEAVE_OUT=FOLDER leaves one out
+test: $(INSTALLED) ## Run all tests, the chaos tests once, but those in LEAVE_OUT: tests/kubernetes, which needs a control plane
 	$(KUBERNETES) $(BIN)/pytest $(filter-out $(LEAVE_OUT),$(patsubst %/,%,$(sort $(dir $(wildcard tests/*/test_*.py))))) \
 		$(SPREAD) --chaos-runs 1 --durations 25
 
