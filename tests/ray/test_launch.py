@@ -31,6 +31,7 @@ from kfpytorch_ray import (
     progress,
 )
 from kfpytorch_ray.errors import DeadlineExceededError
+from kfpytorch_ray.heartbeat import MARK_VARIABLE
 from kfpytorch_ray.results import Ending, Outcome
 from kfpytorch_ray.testing import wait_until
 from kfpytorch_ray.testing.processes import is_running as runs
@@ -489,11 +490,10 @@ def test_deadline_stops_everything(tmp_path: Path) -> None:
 
 
 def kill_own_agent() -> None:
-    """SIGKILL of the agent that a worker belongs to: worker -> fork server -> agent."""
+    """SIGKILL of the agent that a worker belongs to, by its mark: its fork server may be another process's child."""
     import signal
 
-    agent = int(Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    os.kill(agent, signal.SIGKILL)
+    os.kill(int(os.environ[MARK_VARIABLE].split(os.pathsep)[0]), signal.SIGKILL)
 
 
 def test_killed_agent_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
