@@ -30,6 +30,8 @@ from kfpytorch_ray.heartbeat import HeartbeatPage
 
 logger = logging.getLogger(__name__)
 
+_NOT_TOLD = 255
+"""multiprocessing's exit code for a child whose fork server does not say any."""
 _KILL_WAIT_S = 10.0
 """Longest wait for the kernel after SIGKILL; a process in uninterruptible sleep does not end at all."""
 
@@ -108,6 +110,10 @@ class ForkedWorkers(PContext):
             if process.sentinel in ready:
                 process.join()
                 assert process.exitcode is not None
+                if process.exitcode == _NOT_TOLD and not _has_ended(self._pids[rank]):
+                    # It is the server that has ended, and the kernel is about to end this process for it. A round that
+                    # ended meanwhile would blame its ranks.
+                    os.kill(os.getpid(), signal.SIGKILL)
                 # At once: the process id may be somebody else's later. Its data loaders may be left.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._pids[rank], signal.SIGKILL)
