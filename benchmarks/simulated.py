@@ -90,7 +90,7 @@ class _Agent:
 
 class _Actor:
     @staticmethod
-    def remote(setup: AgentSetup, address: str) -> _Agent:
+    def remote(setup: AgentSetup, address: str, _zygote: None) -> _Agent:
         return _Agent(setup, address)
 
 
