@@ -134,7 +134,7 @@ def die_with_server() -> None:
 
 
 def leave_fork_server() -> None:
-    """Called in a child: let go of the server, which lives only as long as its clients.
+    """Let go of the server, which lives only as long as its clients: in a child, or where the server has died.
 
     Otherwise the server would outlive a killed agent as long as a worker runs. The child's own use of the start
     method ``forkserver`` starts a server of its own.

@@ -89,13 +89,13 @@ def _run(
     with live(launch.name, launch.known_as or launch.run_id) as shown, ExitStack() as undo:
         zygote, setup = None, None
         if starts_here(options):
-            setup = _joined(request, True, home)
+            setup = _joined(request, private=True, home=home)
             zygote = undo.enter_context(closing(zygote_of(setup, os.environ)))
             # It imports while Ray starts.
             zygote.offer()
         private = undo.enter_context(connected(options, demand.total(demand.max_nodes)))
         if setup is None or not private:
-            setup = _joined(request, private, home)
+            setup = _joined(request, private=private, home=home)
             zygote = undo.enter_context(closing(zygote_of(setup, node_environ()))) if private else None
         setup = replace(
             setup, launch_id=secrets.token_hex(8), driver_address=driver_address() if home else setup.driver_address
@@ -111,7 +111,7 @@ def _run(
     return refs, with_logs(controller.rounds, setup.log_archive)
 
 
-def _joined(request: RayRequest, private: bool, home: bool) -> AgentSetup:
+def _joined(request: RayRequest, *, private: bool, home: bool) -> AgentSetup:
     """What follows from which Ray it is."""
     setup = request.setup
     # On a Ray of our own all nodes share this machine's cores.

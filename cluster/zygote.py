@@ -94,7 +94,7 @@ class Zygote:
         return self._offer
 
     def close(self) -> None:
-        """End it; what was forked from it lives on."""
+        """End it, if it was started; what was forked from it lives on."""
         if self._process is None:
             return
         os.close(self._lifeline)
@@ -162,7 +162,7 @@ def ask_for_server(address: str, listener: int, alive: int) -> None:
 
 
 def main(listener_fd: int, lifeline: int, folder: str, preload: tuple[str, ...]) -> None:
-    """Be the zygote, until its driver has gone or wants no more of it."""
+    """Be the zygote, until its driver kills it or has gone."""
     for module in preload:
         with suppress(ImportError):
             importlib.import_module(module)
