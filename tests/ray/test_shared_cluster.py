@@ -247,9 +247,13 @@ def test_a_range_that_has_too_few_nodes_gives_them_back(
         return bool(placed(1))
 
     wait_until(lambda: ray.available_resources().get("CPU") == 8, "the nodes that an earlier test used")
+    # As long as a node is taken, nothing is placed: it is ``had_first`` that sees both nodes free.
+    earlier = placement_group([whole], name="earlier")
+    assert earlier.wait(30)
     with placement.reserved(
         Demand(whole, whole, 2, 3), name="range", run_id="r1", private=False, autoscaling=False
     ) as range_:
+        remove_placement_group(earlier)
         wait_until(had_first, "the first node")
         thief = placement_group([whole], name="thief")
         assert thief.wait(30)
