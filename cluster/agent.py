@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import secrets
@@ -20,11 +19,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfpytorch_ray.cluster.environment import PRELOAD_VARIABLE, node_environment
-from kfpytorch_ray.cluster.forkserver import ForkServer
+from kfpytorch_ray.cluster.environment import node_environment
+from kfpytorch_ray.cluster.forkserver import ForkServer, end_resource_tracker
 from kfpytorch_ray.cluster.guardian import kill_all, marked_processes, start_guardian
 from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S, LogArchive
 from kfpytorch_ray.cluster.metrics_source import MetricsSource
@@ -48,8 +48,9 @@ from kfpytorch_ray.cluster.protocol import (
     SupervisorSetup,
 )
 from kfpytorch_ray.cluster.sampling import Sampler, find_gpus, node_facts
+from kfpytorch_ray.cluster.server_modules import SERVER_MODULES, users_modules
 from kfpytorch_ray.cluster.stacks import Hanging, find_py_spy, record_flamegraph, take_stacks
-from kfpytorch_ray.cluster.zygote import Offer, Zygote
+from kfpytorch_ray.cluster.zygote import Offer
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
 from kfpytorch_ray.metric_page import METRICS_NAME, MetricPage
 from kfpytorch_ray.report.data import NodeFacts
@@ -59,39 +60,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PRELOAD = (
-    "kfpytorch_ray.cluster.uncollected",
-    "numpy",
-    "torch",
-    "torch.distributed",
-    "flytekit.bin.entrypoint",
-    "kfpytorch_ray.cluster.supervisor",
-    "kfpytorch_ray.cluster.preloading",
-)
-"""Without garbage collection from the first on; the last imports what the user names."""
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - results pass through memory, in a folder of mode 0700
 _EVERY_ROUND = 2**31
 _LOST_WAIT_S = 10.0
 _LAST_FILES_S = 2 * ARCHIVE_WAIT_S
 """Longest time for the last copies of logs and for the driver to take the last lines; without workers."""
+_TRACKER_WAIT_S = 5.0
+"""Longest wait for multiprocessing's tracker; what a worker left in another session may hold its pipe."""
 _LOAD_S = 900.0
 """Longest time for the call to arrive and the fork server to be warm."""
-
-
-def zygote_of(setup: AgentSetup, node: Mapping[str, str]) -> Zygote:
-    """A zygote on this machine for the agents of a launch.
-
-    Args:
-        setup: What they are given.
-        node: The environment that Ray's processes have here.
-    """
-    environment = node_environment(node, setup.environment)
-    return Zygote({**environment, PRELOAD_VARIABLE: asked_to_preload(setup)}, PRELOAD)
-
-
-def asked_to_preload(setup: AgentSetup) -> str:
-    """What tells a fork server of the user's modules."""
-    return json.dumps({"modules": setup.preload, "sys_path": setup.sys_path})
 
 
 class ElasticAgent:
@@ -137,16 +114,18 @@ class ElasticAgent:
         self._facts: NodeFacts | None = None
         self._begin_output(setup)
 
+        # Unmarked: it cleans up after processes that are killed by their mark.
+        resource_tracker.ensure_running()
         os.environ[MARK_VARIABLE] = value
-        os.environ[PRELOAD_VARIABLE] = asked_to_preload(setup)
-        fork_server = ForkServer(PRELOAD, str(self._folder), zygote)
+        os.environ.update(users_modules(setup))
+        fork_server = ForkServer(SERVER_MODULES, str(self._folder), zygote)
         given = SupervisorSetup(
             nproc_per_node=setup.nproc_per_node,
             address=address,
             folder=str(self._folder),
             payload=str(self._payload),
             result_folders=self._result_folders,
-            preload=PRELOAD,
+            preload=SERVER_MODULES,
         )
         # By name: importing it here would load torch into the actor, too.
         self._connection, self._supervisor = fork_server.start_connected(
@@ -208,7 +187,7 @@ class ElasticAgent:
         finally:
             with self._turning:
                 self._round = None
-            self._failing[index].set()
+                self._failing[index].set()
         self._results = dict(finished.results)
         report: NodeReport = finished.report
         return replace(report, samples=self._sampler.take(), points=self._metrics.end())
@@ -358,7 +337,8 @@ class ElasticAgent:
         self._archive.finish()
 
     def remove_files(self) -> None:
-        """Remove all files."""
+        """Remove all files, and what workers left in shared memory."""
+        end_resource_tracker(_TRACKER_WAIT_S)
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -385,8 +365,9 @@ class ElasticAgent:
             self._connection.send(StopRound(round_index, hung))
 
     def _note_failure(self, round_index: int) -> None:
-        self._failed.add(round_index)
-        self._failing[round_index].set()
+        with self._turning:
+            self._failed.add(round_index)
+            self._failing[round_index].set()
 
     def _listening(self) -> bool:
         return any(beat.listens for beat in self._page.read())
@@ -417,8 +398,8 @@ class ElasticAgent:
             self._ready = ready
             if ready.refused:
                 raise PreloadRefusedError(ready.refused)
-            if ready.missing:
-                logger.warning("The fork server could not preload %s; each worker imports them itself.", ready.missing)
+            for name, error in ready.missing.items():
+                logger.warning("The fork server could not preload %s (%s); each worker imports it itself.", name, error)
 
     def _answer(self) -> Any:
         try:

@@ -11,8 +11,10 @@ import importlib
 import logging
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
+import select
 import signal
 import socket
 import sys
@@ -90,11 +92,29 @@ def start(name: str, target: Callable[..., None], args: tuple[Any, ...]) -> Fork
     return process
 
 
-def share_parents_server() -> None:
-    """Called in a child that starts siblings: use the server it came from.
+def end_resource_tracker(timeout_s: float) -> None:
+    """Have what killed processes left in shared memory removed; once nobody uses this process's server any more.
 
-    multiprocessing means to do so, but its check whether the server runs only knows servers that this very process
-    started, and would start another, cold one.
+    multiprocessing's tracker, which all processes of a server share, does so when the last of them has ended.
+
+    Args:
+        timeout_s: Longest wait for it; it goes on afterwards.
+    """
+    tracker: Any = multiprocessing.resource_tracker._resource_tracker
+    if tracker._fd is None:
+        return
+    os.close(tracker._fd)
+    tracker._fd = None
+    ended = os.pidfd_open(tracker._pid)
+    select.select([ended], [], [], timeout_s)
+    os.close(ended)
+
+
+def use_this_server() -> None:
+    """Called where this process's server was started by another process: use it, and never start one.
+
+    multiprocessing's check whether the server runs only knows servers that this very process started, and would start
+    another, cold one: also in a child of the server that starts siblings.
     """
     _server.ensure_running = lambda: None
 
@@ -120,7 +140,7 @@ def _fork_from(zygote: Offer) -> bool:
             os.close(theirs)
     _server._forkserver_address = address
     _server._forkserver_alive_fd = ours
-    share_parents_server()
+    use_this_server()
     return True
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kfpytorch_ray.cluster.agent import zygote_of
 from kfpytorch_ray.cluster.connect import connected, node_environ, starts_here
 from kfpytorch_ray.cluster.controller import Controller
-from kfpytorch_ray.cluster.environment import one_thread_each
+from kfpytorch_ray.cluster.environment import node_environment, one_thread_each
 from kfpytorch_ray.cluster.failures import kept_logs
 from kfpytorch_ray.cluster.interruption import interruptible
 from kfpytorch_ray.cluster.log_archive import with_logs
@@ -25,8 +24,10 @@ from kfpytorch_ray.cluster.placement import driver_address
 from kfpytorch_ray.cluster.protocol import AgentSetup
 from kfpytorch_ray.cluster.recording import Recorder
 from kfpytorch_ray.cluster.request import RayRequest
+from kfpytorch_ray.cluster.server_modules import SERVER_MODULES, users_modules
 from kfpytorch_ray.cluster.streaming import output_shown
 from kfpytorch_ray.cluster.warm import crew_for, make_room
+from kfpytorch_ray.cluster.zygote import Zygote
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import KfpytorchRayError, LaunchError
 from kfpytorch_ray.live.choice import live
@@ -87,16 +88,16 @@ def _run(
     demand, launch = request.demand, request.setup
     make_room(demand)
     with live(launch.name, launch.known_as or launch.run_id) as shown, ExitStack() as undo:
-        zygote, setup = None, None
-        if starts_here(options):
-            setup = _joined(request, private=True, home=home)
-            zygote = undo.enter_context(closing(zygote_of(setup, os.environ)))
+        zygote = undo.enter_context(_zygote_of(request, home, os.environ)) if starts_here(options) else None
+        if zygote is not None:
             # It imports while Ray starts.
             zygote.offer()
         private = undo.enter_context(connected(options, demand.total(demand.max_nodes)))
-        if setup is None or not private:
-            setup = _joined(request, private=private, home=home)
-            zygote = undo.enter_context(closing(zygote_of(setup, node_environ()))) if private else None
+        if not private:
+            zygote = None
+        elif zygote is None:
+            zygote = undo.enter_context(_zygote_of(request, home, node_environ()))
+        setup = _joined(request, private=private, home=home)
         setup = replace(
             setup, launch_id=secrets.token_hex(8), driver_address=driver_address() if home else setup.driver_address
         )
@@ -109,6 +110,13 @@ def _run(
             controller = Controller(membership, setup, request.limits, shown, recorder)
             refs = controller.run()
     return refs, with_logs(controller.rounds, setup.log_archive)
+
+
+def _zygote_of(request: RayRequest, home: bool, node: Mapping[str, str]) -> closing[Zygote]:
+    """A zygote for agents on this machine, where Ray's processes have the environment ``node``."""
+    setup = _joined(request, private=True, home=home)
+    environment = {**node_environment(node, setup.environment), **users_modules(setup)}
+    return closing(Zygote(environment, SERVER_MODULES))
 
 
 def _joined(request: RayRequest, *, private: bool, home: bool) -> AgentSetup:

@@ -98,16 +98,17 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # its base differs b
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._storages: dict[tuple[torch.device, int], torch.UntypedStorage] = {}
+        self._storages: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is torch.Tensor and obj.dtype in _UNTYPED_DTYPES:
             return _rebuild_as, (obj.detach().view(_SAME_SIZE[obj.dtype.itemsize]), obj.dtype)
         if isinstance(obj, torch.storage.TypedStorage):
             untyped = obj._untyped_storage
-            # Two tensors on one storage come with two wrappers: the memo must see one object.
-            if untyped.nbytes():
-                untyped = self._storages.setdefault((untyped.device, untyped.data_ptr()), untyped)
+            # Two tensors on one storage come with two wrappers: the memo must see one object. Two storages may begin at
+            # one address, as those of numpy's views.
+            if size := untyped.nbytes():
+                untyped = self._storages.setdefault((untyped.device, untyped.data_ptr(), size), untyped)
             return _rebuild_typed_storage, (untyped, obj.dtype)
         if isinstance(obj, torch.UntypedStorage):
             if obj.nbytes() == 0:

@@ -1,34 +1,30 @@
-"""The user's modules in the fork server: imported once, and judged whether forks of them can be trusted.
+"""Importing the user's modules into a fork server, and judging whether forks of them can be trusted.
 
 A fork has one thread: what the others of its parent were doing stays undone, and locks that they held stay locked. A
-CUDA context does not survive it at all. Loaded into the fork server after our own modules; what came of it is read in
-its forks. The names come by the environment, because that is all that a fork server is given.
+CUDA context does not survive it at all.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
-import json
 import os
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfpytorch_ray.cluster.environment import PRELOAD_VARIABLE
-from kfpytorch_ray.cluster.worker import search_path
-
 _DEVICES = "/dev/nvidia"
+_JEMALLOC = "jemalloc_bg_thd"
+"""What jemalloc calls its threads. pyarrow has them, which much imports that reads tables, torch._dynamo by pandas."""
 
 
 @dataclass(frozen=True, slots=True)
-class Traces:
+class Uninheritable:
     """What a process has that a fork of it has not.
 
     Attributes:
         threads: Names of Python's threads.
-        tasks: How many threads the kernel counts.
+        tasks: How many threads the kernel counts, without jemalloc's: it prepares for a fork and mends itself after it.
         openblas: OpenBLAS libraries that are loaded. Their threads are no harm: they mend themselves in a fork.
         cuda: Whether a GPU is in use.
     """
@@ -39,7 +35,7 @@ class Traces:
     cuda: bool
 
     @classmethod
-    def now(cls, process: Path = Path("/proc/self")) -> Traces:
+    def now(cls, process: Path = Path("/proc/self")) -> Uninheritable:
         """Of this process.
 
         Args:
@@ -49,14 +45,14 @@ class Traces:
         torch = sys.modules.get("torch")
         return cls(
             threads=tuple(sorted(thread.name for thread in threading.enumerate())),
-            tasks=len(os.listdir(process / "task")),
+            tasks=sum(_is_missed_by_fork(task) for task in (process / "task").iterdir()),
             openblas=frozenset(path for path in mapped if "openblas" in path.lower()),
             cuda=any(map(_is_device, (process / "fd").iterdir()))
             or (torch is not None and torch.cuda.is_initialized()),
         )
 
 
-def why_refused(before: Traces, after: Traces) -> str:
+def why_refused(before: Uninheritable, after: Uninheritable) -> str:
     """What an import has begun that no fork can have; empty if nothing."""
     if after.cuda and not before.cuda:
         return "uses a GPU while it is imported"
@@ -68,22 +64,31 @@ def why_refused(before: Traces, after: Traces) -> str:
     return ""
 
 
-def preload(names: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+def preload(names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
     """Import modules in their order, until one is refused.
 
     Returns:
-        Those that cannot be imported; and why one is refused, by its name.
+        Why some cannot be imported, by their names; and why one is refused.
     """
-    missing = []
+    missing = {}
     for name in names:
-        before = Traces.now()
+        before = Uninheritable.now()
         try:
             importlib.import_module(name)
-        except Exception:  # noqa: BLE001 - whoever needs it imports it, and is told what is wrong with it
-            missing.append(name)
-        if reason := why_refused(before, Traces.now()):
-            return tuple(missing), {name: reason}
-    return tuple(missing), {}
+        # A script that reads a command line leaves by SystemExit.
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - who needs it imports it, and is told what is wrong
+            missing[name] = f"{type(error).__name__}: {error}"
+        if reason := why_refused(before, Uninheritable.now()):
+            return missing, {name: reason}
+    return missing, {}
+
+
+def _is_missed_by_fork(thread: Path) -> bool:
+    try:
+        return (thread / "comm").read_text().rstrip() != _JEMALLOC
+    except OSError:
+        # It has ended meanwhile.
+        return False
 
 
 def _is_device(descriptor: Path) -> bool:
@@ -92,21 +97,3 @@ def _is_device(descriptor: Path) -> bool:
     except OSError:
         # Closed meanwhile; one is of this very look.
         return False
-
-
-def _preload_what_is_asked() -> tuple[tuple[str, ...], dict[str, str]]:
-    asked = json.loads(os.environ.pop(PRELOAD_VARIABLE, "{}"))
-    own = [*sys.path]
-    sys.path[:] = search_path(own, asked.get("sys_path", ()))
-    try:
-        return preload(tuple(asked.get("modules", ())))
-    finally:
-        sys.path[:] = own
-
-
-MISSING, REFUSED = _preload_what_is_asked()
-
-# What is imported stays, in every fork: a collection that looked through it would take a quarter of a second each time,
-# and copy its pages.
-gc.freeze()
-gc.enable()

@@ -233,11 +233,11 @@ class Ready:
     """First word of a supervisor: the fork server is warm.
 
     Attributes:
-        missing: But for these modules, which could not be imported.
+        missing: But for these modules, which could not be imported, and why.
         refused: Modules that no fork can have, and why; then it is of no use.
     """
 
-    missing: tuple[str, ...]
+    missing: Mapping[str, str]
     refused: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -114,10 +114,34 @@ def record_flamegraph(pid: int, duration_s: int, path: Path, py_spy: str | None)
     return path.read_text(errors="replace"), ""
 
 
-def let_look(pid: int) -> None:
-    """Let a process and its children look at this one, where the kernel (Yama) lets only a process's own parents."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
+def let_look(agent: int) -> None:
+    """Let py-spy look at this process, where the kernel (Yama) lets only a process's own parents do so.
+
+    Args:
+        agent: The agent, which starts py-spy as its supervisor does. Both have to be under whoever is let look:
+            with a zygote, a supervisor is not under its agent, but both are under the driver.
+    """
+    common = common_ancestor(os.getpid(), agent)
+    if common is not None:
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(common), 0, 0, 0)
+
+
+def common_ancestor(one: int, other: int) -> int | None:
+    """The nearest process that two are under, or are; None where it is only what adopts orphans."""
+    line = _ancestry(one)
+    return next((pid for pid in _ancestry(other) if pid in line), None)
+
+
+def _ancestry(pid: int) -> list[int]:
+    """A process, its parent, and so on, but not what adopts orphans."""
+    line = []
+    # The parents of one that ends meanwhile are others.
+    with contextlib.suppress(OSError):
+        while pid > 1:
+            line.append(pid)
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return line
 
 
 def find_py_spy() -> str | None:

@@ -19,9 +19,9 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from kfpytorch_ray import rank_decks
-from kfpytorch_ray.cluster import preloading
+from kfpytorch_ray.cluster import preloaded
 from kfpytorch_ray.cluster.elastic import RoundAgent, open_store
-from kfpytorch_ray.cluster.forkserver import die_with_server, share_parents_server
+from kfpytorch_ray.cluster.forkserver import die_with_server, use_this_server
 from kfpytorch_ray.cluster.guardian import kill_all, strays
 from kfpytorch_ray.cluster.output import LOGS, SPOOL, RoundOutput
 from kfpytorch_ray.cluster.output_spool import OutputSpool
@@ -56,11 +56,11 @@ def main(connection: Connection, given: SupervisorSetup) -> None:
     """Serve until told to shut down, or until the actor is gone."""
     os.setsid()
     die_with_server()
-    share_parents_server()
+    use_this_server()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    missing = tuple(name for name in given.preload if name not in sys.modules)
-    connection.send(Ready((*missing, *preloading.MISSING), preloading.REFUSED))
+    missing = {name: "it cannot be imported" for name in given.preload if name not in sys.modules}
+    connection.send(Ready({**missing, **preloaded.MISSING}, preloaded.REFUSED))
     supervisor = _Supervisor(connection, given)
     with contextlib.suppress(EOFError):
         while not isinstance(request := connection.recv(), Shutdown):

@@ -1,6 +1,6 @@
 """The first import of a fork server: no garbage is collected while it imports the others, which takes 0.3 s of 2.
 
-kfpytorch_ray.cluster.preloading, the last one, ends it.
+kfpytorch_ray.cluster.preloaded, the last one, ends it.
 """
 
 import gc

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -47,7 +48,6 @@ def main(spec: WorkerSpec) -> None:
     _separate_from_parent()
     _leave_finalizers()
     answer_with_stacks(spec.stacks)
-    # The agent, under which py-spy is started.
     let_look(int(spec.environment[MARK_VARIABLE].split(os.pathsep)[0]))
     _redirect_output(spec)
     os.environ.clear()
@@ -63,7 +63,8 @@ def main(spec: WorkerSpec) -> None:
         sys.stderr.write(format_traceback(error))
         sys.exit(1)
     finally:
-        # A spawned process runs them; a fork server's child leaves by os._exit.
+        # As at the end of a spawned process: threads may use what exit handlers remove. A fork leaves by os._exit.
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
 
 

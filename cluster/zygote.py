@@ -17,6 +17,7 @@ import json
 import logging
 import multiprocessing.forkserver
 import os
+import resource
 import selectors
 import shutil
 import signal
@@ -24,6 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,8 +53,11 @@ _OWN_TO_EACH = (
 """Patterns of variables that differ between a driver and an agent beside it, and that nothing reads at import."""
 _ENV_START = 49
 """Field of /proc/PID/stat, counted from 0: where the environment lies that the program was started with."""
+_OUTPUT = "output"
 _REQUEST_BYTES = 2**16
 _DESCRIPTORS = 4
+_OUT_OF_MEMORY_SCORE = Path("/proc/self/oom_score_adj")
+"""Who is to be killed first when memory runs out: Ray has its workers, and what they start, killed first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +102,15 @@ class Zygote:
         """End it, if it was started; what was forked from it lives on."""
         if self._process is None:
             return
-        os.close(self._lifeline)
-        # It has nothing to end, and may be in the middle of an import.
-        self._process.kill()
+        level = logging.INFO if self._process.poll() is None else logging.WARNING
+        # It has nothing to end, and may be in the middle of an import. What an import has started goes with it; servers
+        # have left its group.
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        if said := Path(self._folder, _OUTPUT).read_text(errors="replace").strip():
+            logger.log(level, "While modules were imported for all agents of this machine: %s", said)
+        os.close(self._lifeline)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._process, self._offer = None, None
 
@@ -109,7 +119,7 @@ class Zygote:
         address = os.path.join(self._folder, "socket")
         theirs, self._lifeline = os.pipe()
         try:
-            with socket.socket(socket.AF_UNIX) as listener:
+            with socket.socket(socket.AF_UNIX) as listener, open(os.path.join(self._folder, _OUTPUT), "w") as output:
                 listener.bind(address)
                 listener.listen()
                 call = f"main({listener.fileno()}, {theirs}, {self._folder!r}, {self._preload!r})"
@@ -117,8 +127,8 @@ class Zygote:
                     [sys.executable, "-c", f"from {__name__} import main; {call}"],
                     env={**self._environment, _SPACE_VARIABLE: " " * _SPACE_BYTES},
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
                     pass_fds=(listener.fileno(), theirs),
                     # A Ctrl-C in the terminal is for the driver.
                     start_new_session=True,
@@ -154,7 +164,14 @@ def ask_for_server(address: str, listener: int, alive: int) -> None:
     Raises:
         OSError: Nobody listens there.
     """
-    request = json.dumps({"environment": dict(os.environ), "directory": os.getcwd()}).encode()
+    request = json.dumps(
+        {
+            "environment": dict(os.environ),
+            "directory": os.getcwd(),
+            "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+            "out_of_memory_score": _OUT_OF_MEMORY_SCORE.read_text(),
+        }
+    ).encode()
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(address)
         sent = socket.send_fds(client, [request[:_REQUEST_BYTES]], [listener, alive, 1, 2])
@@ -196,18 +213,25 @@ def _received(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
 
 
 def _become_server(request: Mapping[str, Any], listener: int, alive: int, stdout: int, stderr: int) -> None:
-    """Does not return."""
+    """Be what the agent would have started; does not return."""
     try:
+        os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for descriptor, own in ((stdout, 1), (stderr, 2)):
             os.dup2(descriptor, own)
             os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, request["open_files"])
+        _OUT_OF_MEMORY_SCORE.write_text(request["out_of_memory_score"])
         os.chdir(request["directory"])
         environment = request["environment"]
+        # What it names is imported.
+        environment.pop(PRELOAD_VARIABLE, None)
         os.environ.clear()
         os.environ.update(environment)
         _mark(f"{MARK_VARIABLE}={environment[MARK_VARIABLE]}")
         multiprocessing.forkserver.main(listener, alive, ())
+    except Exception:  # noqa: BLE001 - the agent imports for itself then; this is why
+        traceback.print_exc()
     finally:
         os._exit(1)
 

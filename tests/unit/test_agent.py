@@ -23,8 +23,6 @@ from typing import Any
 
 import pytest
 
-from kfpytorch_ray.cluster.agent import PRELOAD, asked_to_preload
-from kfpytorch_ray.cluster.environment import PRELOAD_VARIABLE
 from kfpytorch_ray.cluster.output_spool import Cursor
 from kfpytorch_ray.cluster.pickling import load_parts
 from kfpytorch_ray.cluster.protocol import (
@@ -34,6 +32,7 @@ from kfpytorch_ray.cluster.protocol import (
     RoundAssignment,
     SupervisorLostError,
 )
+from kfpytorch_ray.cluster.server_modules import SERVER_MODULES, users_modules
 from kfpytorch_ray.cluster.spool import parts_of
 from kfpytorch_ray.cluster.stacks import find_py_spy
 from kfpytorch_ray.cluster.zygote import Zygote
@@ -98,7 +97,7 @@ class Agent:
         return answer
 
     def call(self, method: str, *args: Any) -> Any:
-        return self.start(method, *args).result(60)
+        return self.start(method, *args).result(180)
 
     def listen(self) -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -130,14 +129,10 @@ class Agent:
         until(path.exists)
         return path.read_text()
 
-    def under(self) -> set[int]:
-        """All processes under the agent, itself included, and those of a fork server that is a zygote's child."""
+    def marked(self) -> set[int]:
+        """What it has started: its fork server, though it be a zygote's child, and everything that comes of that."""
         mark = f"{self.process.pid}{os.pathsep}"
-        return {
-            pid
-            for pid in all_processes()
-            if self.process.pid in ancestry(pid) or environment(pid).get(MARK_VARIABLE, "").startswith(mark)
-        }
+        return {pid for pid in all_processes() if environment(pid).get(MARK_VARIABLE, "").startswith(mark)}
 
     def page(self) -> Path:
         (path,) = self.folder.glob(f"kfpytorch_ray-*/{PAGE_NAME}")
@@ -155,14 +150,6 @@ def stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ["X", "0"]
-
-
-def ancestry(pid: int) -> set[int]:
-    line = set()
-    while pid:
-        line.add(pid)
-        pid = int(stat(pid)[1])
-    return line
 
 
 def call_of_a_file(folder: str) -> Callable[[], Any]:
@@ -219,7 +206,7 @@ def agent_in(folder: Path, *, by_zygote: bool = False, **changes: Any) -> Iterat
     setup = AgentSetup(**{**settings, **changes})
     # Not as this shell may have it: what is printed is to arrive all the same.
     around = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"TMPDIR": str(folder)}
-    zygote = Zygote({**around, **setup.environment, PRELOAD_VARIABLE: asked_to_preload(setup)}, PRELOAD)
+    zygote = Zygote({**around, **setup.environment, **users_modules(setup)}, SERVER_MODULES)
     ours, theirs = Pipe()
     process = subprocess.Popen(
         [sys.executable, "-c", HOST, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=around
@@ -321,6 +308,57 @@ def test_decks_of_all_ranks_come_home_where_they_are_asked_for(tmp_path: Path) -
         report = failed.result(60)
     assert [rank.outcome for rank in report.ranks] == [Outcome.STOPPED, Outcome.RAISED]
     assert report.decks == (RankDeck(0, "curve", "<p>0</p>"), RankDeck(1, "curve", "<p>1</p>"))
+
+
+def test_exit_handlers_come_after_the_last_thread(agent: Agent) -> None:
+    """As at the end of every interpreter: a thread may still upload from a folder that a handler removes."""
+    agent.run(
+        """
+        import atexit, threading
+        def upload():
+            threading.main_thread().join()
+        thread = threading.Thread(target=upload)
+        thread.start()
+        atexit.register(lambda: say('thread', thread.is_alive()))
+        """,
+        "return None",
+    )
+    assert agent.said("thread") == "False"
+
+
+def test_who_may_look_at_a_rank_is_above_agent_and_supervisor(agent: Agent, request: pytest.FixtureRequest) -> None:
+    """Both start py-spy."""
+    agent.run(
+        f"""
+        from kfpytorch_ray.cluster.stacks import common_ancestor
+        say('common', common_ancestor(os.getpid(), {agent.process.pid}))
+        """,
+        "return None",
+    )
+    by_zygote = "by zygote" in request.node.callspec.id
+    assert agent.said("common") == str(os.getpid() if by_zygote else agent.process.pid)
+
+
+@pytest.mark.parametrize("by_zygote", [False, True])
+@pytest.mark.parametrize("orderly", [False, True])
+def test_shared_memory_of_a_killed_rank_is_removed(orderly: bool, by_zygote: bool, tmp_path: Path) -> None:
+    """By multiprocessing's tracker, which outlives all that is killed for its mark."""
+    with agent_in(tmp_path, by_zygote=by_zygote, nproc_per_node=1) as agent:
+        agent.run(
+            """
+            from multiprocessing.shared_memory import SharedMemory
+            block = SharedMemory(create=True, size=100)
+            say('block', block.name)
+            os.kill(os.getpid(), signal.SIGKILL)
+            """
+        )
+        block = Path("/dev/shm", agent.said("block"))
+        assert block.exists()
+        if orderly:
+            agent.call("shutdown")
+            agent.call("remove_files")
+            assert not block.exists()
+    until(lambda: not block.exists())
 
 
 def test_an_agent_says_what_its_node_is(agent: Agent) -> None:
@@ -473,7 +511,7 @@ def test_who_is_stopped_can_ask_whether_it_is(agent: Agent) -> None:
 
 def test_what_a_rank_started_ends_with_its_round(agent: Agent) -> None:
     """Children in its group, in a session of their own, with or without an exec; the agent goes on."""
-    before = agent.under()
+    before = agent.marked()
     _, ending = agent.start_round(
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -500,7 +538,7 @@ def test_what_a_rank_started_ends_with_its_round(agent: Agent) -> None:
     assert len(started) == 5
     # Killed by now; what the kernel does with them after that takes a moment.
     until(lambda: not any(runs(pid) for pid in started))
-    assert agent.under() == before
+    until(lambda: agent.marked() == before)
     assert {rank.outcome for rank in agent.run("return None", "return None")} == {Outcome.SUCCEEDED}
 
 
@@ -515,7 +553,7 @@ def test_a_rank_that_is_held_is_stopped_too(agent: Agent) -> None:
 
 def test_an_agent_that_never_hears_a_pulse_ends(tmp_path: Path) -> None:
     """Its controller counts on it from when it has loaded, so its time runs from then on."""
-    with agent_in(tmp_path, silence_timeout_s=3.0) as agent:
+    with agent_in(tmp_path, silence_timeout_s=10.0) as agent:
         assert agent.process.wait(60) == -signal.SIGKILL
         until(lambda: not agent.folders())
 
@@ -529,7 +567,7 @@ def test_shutdown_leaves_only_the_actor(tmp_path: Path) -> None:
         assert {rank.outcome for rank in ending.result(60).ranks} == {Outcome.STOPPED}
         agent.call("remove_files")
         assert agent.folders() == set()
-        left = agent.under()
+        left = agent.marked()
         agent.process.kill()
         agent.process.wait()
         until(lambda: not any(runs(pid) for pid in left))
@@ -635,11 +673,11 @@ def test_workers_do_not_outlive_who_would_stop_them(victim: str, by_zygote: bool
         server = int(stat(worker)[1])
         with HeartbeatPage.open(agent.page()) as beats:
             workers = {beat.pid for beat in beats.read()}
-        (supervisor,) = {pid for pid in agent.under() if int(stat(pid)[1]) == server} - workers
+        (supervisor,) = {pid for pid in agent.marked() if int(stat(pid)[1]) == server} - workers
         os.kill(supervisor if victim == "supervisor" else server, signal.SIGKILL)
         with pytest.raises(SupervisorLostError):
             ending.result(60)
-        until(lambda: not any(runs(pid) for pid in {*agent.under(), worker} - {agent.process.pid}))
+        until(lambda: not any(runs(pid) for pid in {*agent.marked(), worker}))
 
 
 def test_a_rank_undoes_what_it_made_and_not_what_its_server_made(tmp_path: Path) -> None:

@@ -219,6 +219,14 @@ class MadeWhilePickled:
         return {"number": self.number, "tensor": torch.full((1024,), self.number)}
 
 
+def test_storages_that_begin_at_one_address_come_back(folder: Path) -> None:
+    """torch has a storage for each array that it is given, also for views of one; the first may be the shorter."""
+    whole = np.arange(100.0)
+    value = {"head": torch.from_numpy(whole[:10]), "all": torch.from_numpy(whole)}
+    back = through_file(value, folder)
+    assert {name: tensor.tolist() for name, tensor in back.items()} == {"head": [*range(10)], "all": [*range(100)]}
+
+
 def test_tensors_that_are_made_while_pickling_are_not_mixed_up(folder: Path) -> None:
     """Memory that is free again and used for the next tensor does not count as shared with the last one."""
     again = through_file([MadeWhilePickled(number) for number in range(50)], folder)

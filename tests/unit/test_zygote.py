@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -31,7 +33,8 @@ from kfpytorch_ray.cluster.zygote import Offer
 from kfpytorch_ray.heartbeat import MARK_VARIABLE
 
 logging.basicConfig(level=logging.INFO)
-folder, address, fingerprint = sys.argv[1:]
+folder, address, fingerprint, prepare = sys.argv[1:]
+exec(prepare)
 os.environ[MARK_VARIABLE] = os.pathsep.join([str(os.getpid()), folder])
 server = ForkServer(("colorsys",), folder, Offer(address, fingerprint))
 print("asked", flush=True)
@@ -43,7 +46,7 @@ for word in sys.stdin:
 """Stands for an agent: for each line that it reads it starts a process by its fork server."""
 
 TELL = """
-import os, sys
+import os, resource, sys
 
 def main(connection, given):
     connection.send({
@@ -53,6 +56,9 @@ def main(connection, given):
         "preloaded": "colorsys" in sys.modules,
         "directory": os.getcwd(),
         "own": os.environ.get("RAY_OWN"),
+        "internal": os.environ.get("KFPYTORCH_RAY_PRELOAD"),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "out_of_memory_score": int(open("/proc/self/oom_score_adj").read()),
     })
     connection.poll(None)
 """
@@ -110,14 +116,14 @@ def process_of(zygote: Zygote) -> int:
 
 
 @contextlib.contextmanager
-def agent_of(zygote: Zygote, folder: Path, name: str = "agent", **more: str) -> Iterator[Agent]:
-    """An agent that has asked the zygote."""
+def agent_of(zygote: Zygote, folder: Path, name: str = "agent", prepare: str = "", **more: str) -> Iterator[Agent]:
+    """An agent that has asked the zygote; ``prepare`` is its code before."""
     offer = zygote.offer()
     assert offer is not None
     place = folder / name
     place.mkdir(parents=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", AGENT, str(place), offer.address, offer.fingerprint],
+        [sys.executable, "-c", AGENT, str(place), offer.address, offer.fingerprint, prepare],
         env=around(folder, **more),
         cwd=place,
         stdin=subprocess.PIPE,
@@ -147,6 +153,38 @@ def test_each_agent_gets_the_server_that_it_would_have_started(zygote: Zygote, h
             for pid in (told["pid"], told["server"]):
                 assert environment(pid)[MARK_VARIABLE] == os.pathsep.join([str(agent.process.pid), str(here / name)])
     assert MARK_VARIABLE not in environment(process_of(zygote))
+
+
+def test_the_server_has_what_ray_gives_its_workers(zygote: Zygote, here: Path) -> None:
+    """More open files than a shell, and the first place among those that are killed when memory runs out."""
+    process_of(zygote)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    as_ray_does = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft - 10}, {hard}))
+open("/proc/self/oom_score_adj", "w").write("500")
+"""
+    with agent_of(zygote, here, prepare=as_ray_does, KFPYTORCH_RAY_PRELOAD="{}") as agent:
+        told = agent.start("first")
+        assert parent(told["server"]) == process_of(zygote)
+    assert (told["open_files"], told["out_of_memory_score"], told["internal"]) == (soft - 10, 500, None)
+
+
+def test_what_an_import_says_and_starts(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The log has its words when the zygote ends, and nothing that it has started stays."""
+    (here / "starter.py").write_text(
+        "import subprocess, sys, warnings\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
+        "warnings.warn(f'started {child.pid}')\n"
+    )
+    caplog.set_level(logging.INFO, "kfpytorch_ray")
+    with contextlib.closing(Zygote(around(here), ("starter",))) as zygote:
+        output = here / os.path.dirname(getattr(zygote.offer(), "address", "")) / "output"
+        until(lambda: "started" in output.read_text())
+    (said,) = caplog.messages
+    child = int(said.partition("UserWarning: started ")[2].split()[0])
+    until(lambda: not runs(child))
 
 
 def test_an_agent_with_another_environment_imports_for_itself(zygote: Zygote, here: Path) -> None:
