@@ -4,6 +4,9 @@ Pulses to one agent follow each other: the next is sent when the answer to the l
 knows that its answer arrived. It ends its workers ``silence_timeout_s`` after the last answer of which it knows that;
 the controller gives it up no sooner. So whoever takes over never meets it at work. A thread of its own, because the
 driver's may be held up, by a blocked terminal for example.
+
+Silence of others means nothing after this process stood still itself: stopped by Ctrl-Z, or on a laptop that slept. It
+knows by its clock, and whoever asks first notes it: after a stop, other threads may go on before this one.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ class _Watched:
 
     Attributes:
         handle: The actor.
-        heard_at: Monotonic seconds at which it was last known to be there.
+        heard_at: When it was last known to be there, by the clock of this module.
         asked: The answer that is still out.
         latest: Its last answer.
         error: What Ray said instead of an answer.
@@ -59,6 +62,7 @@ class Pulse:
         self._watched: dict[int, _Watched] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._turned_at = _now()
         self._stood_still_at = float("-inf")
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
@@ -66,7 +70,7 @@ class Pulse:
     def watch(self, agent: int, handle: Any) -> None:
         """Begin to take an agent's pulse."""
         with self._lock:
-            self._watched[agent] = _Watched(handle, time.monotonic())
+            self._watched[agent] = _Watched(handle, _now())
 
     def forget(self, agent: int) -> None:
         """End it."""
@@ -81,11 +85,11 @@ class Pulse:
     def silent(self) -> set[int]:
         """Agents that have not answered for too long."""
         with self._lock:
-            now = time.monotonic()
+            self._note_standstill()
             return {
                 agent
                 for agent, watched in self._watched.items()
-                if now - watched.heard_at > self._silence_timeout_s and watched.error is None
+                if _now() - watched.heard_at > self._silence_timeout_s and watched.error is None
             }
 
     def errors(self) -> dict[int, RayError]:
@@ -95,8 +99,10 @@ class Pulse:
 
     @property
     def stood_still(self) -> bool:
-        """Whether this process was stopped lately (a laptop that slept), so that agents may have given it up."""
-        return time.monotonic() - self._stood_still_at < self._silence_timeout_s
+        """Whether this process was stopped lately, so that agents may have given it up."""
+        with self._lock:
+            self._note_standstill()
+            return _now() - self._stood_still_at < self._silence_timeout_s
 
     def close(self) -> None:
         """End the thread."""
@@ -104,16 +110,13 @@ class Pulse:
         self._thread.join()
 
     def _run(self) -> None:
-        due = time.monotonic()
         while not self._closed.is_set():
+            with self._lock:
+                self._note_standstill()
+                began = self._turned_at = _now()
             self._ask()
             self._listen()
-            due += self._interval_s
-            late_s = time.monotonic() - due
-            if late_s > self._silence_timeout_s / 2:
-                self._stood_still(late_s)
-                due = time.monotonic()
-            self._closed.wait(max(0.0, -late_s))
+            self._closed.wait(max(0.0, began + self._interval_s - _now()))
 
     def _ask(self) -> None:
         with self._lock:
@@ -141,14 +144,23 @@ class Pulse:
                 watched.error = error
                 watched.latest = answer or watched.latest
                 if answer is not None:
-                    watched.heard_at = time.monotonic()
+                    watched.heard_at = _now()
             if answer is not None:
                 self._heard(asked[ref], answer)
 
-    def _stood_still(self, late_s: float) -> None:
-        logger.warning("This process stood still for %.0f s; agents that gave it up meanwhile do not count.", late_s)
-        self._stood_still_at = time.monotonic()
-        with self._lock:
-            # It was this process that was silent: the others get their time anew.
-            for watched in self._watched.values():
-                watched.heard_at = self._stood_still_at
+    def _note_standstill(self) -> None:
+        """Called with the lock held. A turn of the thread takes two intervals at most."""
+        now = _now()
+        still_s = now - self._turned_at
+        if still_s < self._silence_timeout_s / 2:
+            return
+        logger.warning("This process stood still for %.0f s; agents that gave it up meanwhile do not count.", still_s)
+        self._stood_still_at = self._turned_at = now
+        # It was this process that was silent: the others get their time anew.
+        for watched in self._watched.values():
+            watched.heard_at = now
+
+
+def _now() -> float:
+    """The clock of the agents' leases, which goes on while a machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
