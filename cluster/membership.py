@@ -442,6 +442,8 @@ def _answered(ref: Any) -> bool:
 
 
 def _kill(handle: Any) -> None:
-    # Its guardian notices the end of the agent, kills what is left and removes the files.
+    # Its guardian notices the end of the agent, kills what is left and removes the files. Where Ray was left meanwhile,
+    # the agent is gone, and ray.kill would start another Ray.
     with contextlib.suppress(RayError):
-        ray.kill(handle)
+        if ray.is_initialized():
+            ray.kill(handle)

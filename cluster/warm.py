@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import ray
-from ray.exceptions import RayError
 
 from kfpytorch_ray.cluster.demand import Demand, fits
 from kfpytorch_ray.cluster.membership import Membership, agents_on
@@ -73,7 +72,7 @@ class _Crew:
         return ray.is_initialized() and _cluster_of_now() == self.cluster
 
 
-_changed = threading.Condition()
+_lock = threading.Lock()
 _kept: list[_Crew] = []
 """Oldest first."""
 
@@ -85,7 +84,7 @@ def make_room(demand: Demand) -> None:
         demand: Of the launch. Agents that were kept for the same one may serve it, and stay.
     """
     wanted = demand.total(demand.min_nodes)
-    with _changed:
+    with _lock:
         others = [crew for crew in _kept if crew.demand != demand]
     for crew in others:
         if ray.is_initialized() and fits(wanted, ray.available_resources()):
@@ -122,7 +121,7 @@ def crew_for(demand: Demand, setup: AgentSetup, options: RayBackend, *, private:
 
 def release_all() -> None:
     """Give back everything that is kept."""
-    with _changed:
+    with _lock:
         crews = [*_kept]
     for crew in crews:
         _release(crew)
@@ -138,7 +137,7 @@ def _new(demand: Demand, setup: AgentSetup, options: RayBackend, *, private: boo
 
 
 def _taken(demand: Demand, setup: AgentSetup) -> _Crew | None:
-    with _changed:
+    with _lock:
         same = [crew for crew in _kept if crew.demand == demand]
         serving = next((crew for crew in same if crew.serves(demand, setup)), None)
         if serving is not None:
@@ -160,14 +159,14 @@ def _end_launch(crew: _Crew, keep_s: float) -> None:
         crew.release()
         return
     crew.until = time.monotonic() + keep_s
-    with _changed:
+    with _lock:
         _kept.append(crew)
         _watcher.start()
 
 
 def _release(crew: _Crew) -> None:
     """End one that is kept, unless somebody else has taken it meanwhile."""
-    with _changed:
+    with _lock:
         if crew not in _kept:
             return
         _kept.remove(crew)
@@ -181,31 +180,29 @@ class _Watcher:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Called with ``_changed`` held."""
+        """Called with ``_lock`` held."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="warm agents", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
         while True:
-            with _changed:
-                _changed.wait(_LOOK_S)
+            time.sleep(_LOOK_S)
+            with _lock:
                 crews = [*_kept]
                 if not crews:
                     self._thread = None
                     return
             for crew in crews:
-                if time.monotonic() >= crew.until or _waited_for(crew):
-                    _release(crew)
+                _release_in_time(crew)
 
 
-def _waited_for(crew: _Crew) -> bool:
+def _release_in_time(crew: _Crew) -> None:
     try:
-        return crew.is_waited_for()
-    except (RayError, OSError, RuntimeError) as error:
-        # Ray is being left: then they are gone, too.
-        logger.debug("Ray cannot be asked who waits for agents that are kept: %s", error)
-        return not ray.is_initialized()
+        if time.monotonic() >= crew.until or crew.is_waited_for():
+            _release(crew)
+    except Exception as error:  # noqa: BLE001 - Ray may be left at any moment, and goes piece by piece
+        logger.debug("Agents that are kept cannot be looked at, or given back: %s", error)
 
 
 def _cluster_of_now() -> str:

@@ -45,9 +45,11 @@ def agents() -> set[int]:
     return {agent.pid for agent in running_agents()}
 
 
-def files_of_launches() -> list[Path]:
-    found = (path for agent in running_agents() for folder in agent.folders for path in Path(folder).rglob("*"))
-    return [path for path in found if path.name.startswith(("launch-", "round-", "payload"))]
+def files_of_launches() -> list[str]:
+    # Unlike pathlib, os.walk passes over what is removed meanwhile.
+    walks = [walk for agent in running_agents() for folder in agent.folders for walk in os.walk(folder)]
+    names = [name for _, folders, files in walks for name in (*folders, *files)]
+    return [name for name in names if name.startswith(("launch-", "round-", "payload"))]
 
 
 def free_cpus() -> float:
