@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from kfpytorch_ray.cluster.agent import ElasticAgent
 from kfpytorch_ray.cluster.answers import Answers
 from kfpytorch_ray.cluster.inspection import NAMESPACE, AgentName
+from kfpytorch_ray.cluster.interruption import raise_if_lost
 from kfpytorch_ray.cluster.log_archive import ARCHIVE_WAIT_S
 from kfpytorch_ray.cluster.placement import Reservation, Slot
 from kfpytorch_ray.cluster.protocol import AgentSetup, NodePulse, PreloadRefusedError, SupervisorLostError
@@ -195,7 +196,9 @@ class Membership:
         Raises:
             ConfigError: A module cannot be preloaded.
             LaunchError: An agent cannot start, and another would not either.
+            KeyboardInterrupt, SystemExit: An interruption was lost.
         """
+        raise_if_lost()
         self._take_in()
         self._hear()
         if not now and time.monotonic() - self._looked_at < _LOOK_S:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfpytorch_ray.cluster.interruption import TERMINATED, interruptible
+from kfpytorch_ray.cluster.interruption import TERMINATED, interruptible, raise_if_lost
 from kfpytorch_ray.cluster.kube import code
 from kfpytorch_ray.cluster.kube.pod_log import mark_of
 from kfpytorch_ray.cluster.kube.pod_peers import GRACE_S, PeerWatch
@@ -145,6 +145,7 @@ class _Pod:
                 logger.error("The other pods have not brought their results within %g s.", _OTHERS_WAIT_S)
                 return EXIT_FAILED
             time.sleep(_LOOK_S)
+            raise_if_lost()
         return 0
 
     def _failed(self, error: KfpytorchRayError, budget: str) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 
-from kfpytorch_ray.cluster.interruption import interruptible, wants_to_stop
+from kfpytorch_ray.cluster.interruption import interruptible, raise_if_lost, wants_to_stop
 from kfpytorch_ray.cluster.log_archive import RankFiles
 from kfpytorch_ray.cluster.output import shows
 from kfpytorch_ray.cluster.recording import report_of_rounds
@@ -295,6 +295,7 @@ class RemoteRun:
         began, waits_for = time.monotonic(), ""
         patience = self._patience()
         while True:
+            raise_if_lost()
             state = None
             try:
                 state = self._state()

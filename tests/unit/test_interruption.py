@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from kfpytorch_ray.cluster.interruption import interruptible
+from kfpytorch_ray.cluster.interruption import interruptible, raise_if_lost
 
 CODE = """
 import signal, sys
@@ -59,6 +59,53 @@ def test_a_second_sigterm_breaks_nothing_off() -> None:
         with pytest.raises(SystemExit):
             be_interrupted()
     assert endings == ["in order", "in order"]
+
+
+def test_a_second_sigterm_breaks_nothing_off_that_is_outside_of_the_block() -> None:
+    """A driver that was stopped in a launch still writes down how that ended."""
+    endings = []
+
+    def be_interrupted() -> None:
+        with interruptible():
+            try:
+                with interruptible():
+                    signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+                endings.append("in order")
+
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            be_interrupted()
+    assert endings == ["in order", "in order"]
+
+
+@pytest.mark.parametrize(
+    ("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["SIGINT", "SIGTERM"]
+)
+def test_an_interruption_that_python_swallows_comes_once_more(
+    signum: signal.Signals, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signals come at any moment, also while an object is finalized; where none came, nothing is raised."""
+    swallowed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: swallowed.append(args.exc_type))
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signum)
+
+    def run_on() -> None:
+        with interruptible():
+            raise_if_lost()
+            Finalized()
+            assert swallowed == [raised]
+            raise_if_lost()
+
+    with pytest.raises(raised):
+        run_on()
+    raise_if_lost()
+    with interruptible():
+        raise_if_lost()
 
 
 @pytest.mark.parametrize(
