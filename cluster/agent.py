@@ -158,9 +158,11 @@ class ElasticAgent:
         self._sampler.take()
         if setup.launch_id != self._setup.launch_id:
             self._begin_output(setup)
+        with self._turning:
+            # An order that was about the launch before does not count from now on.
+            self._setup = setup
         self._ask(BeginLaunch(setup, str(self._folder_of(setup.launch_id))))
         with self._turning:
-            self._setup = setup
             self._failing = defaultdict(threading.Event)
             self._failed = set()
             self._answered_at = _now()

@@ -167,7 +167,8 @@ def _start(demand: Mapping[str, float]) -> None:
         arguments["_memory"] = math.ceil(demand["memory"])
     try:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **arguments)
-    except (ConnectionError, RaySystemError, RuntimeError, OSError) as error:
+    except Exception as error:
+        # Of any class: a node that does not start within Ray's 30 s is a bare Exception.
         raise PlacementError(
             explain(
                 "No Ray could be started on this machine.",

@@ -11,7 +11,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -185,7 +185,7 @@ class Membership:
         resting = {member.handle.rest.remote(keep_s): member for member in members}
         timeout_s = _END_WAIT_S + (ARCHIVE_WAIT_S if self._setup.log_archive else 0.0)
         rested, _ = ray.wait(list(resting), num_returns=len(resting), timeout=timeout_s)
-        self._await_output()
+        self._await_output({member.number for member in members})
         for member in members:
             member.handle.remove_launch.remote(self._setup.launch_id)
         return len(rested) == len(members) and all(map(_answered, rested))
@@ -283,10 +283,15 @@ class Membership:
         return losses
 
     def part_with_drained(self) -> None:
-        """End the agents whose nodes are being drained; they take part in nothing any more."""
-        for member in [*self._members.values()]:
-            if member.slot.node_id in self._notices.draining:
-                self._drop(member, gone=True)
+        """End the agents whose nodes are being drained, in order while there is time; they take part in nothing."""
+        draining = self._notices.draining
+        leaving = [member for member in self._members.values() if member.slot.node_id in draining]
+        if not leaving:
+            return
+        left_s = min(draining[member.slot.node_id] for member in leaving) - time.time()
+        self._shut_down([member for member in leaving if member.ready], min(left_s, self._shutdown_timeout_s))
+        for member in leaving:
+            self._drop(member, gone=True)
 
     def waiting(self) -> str:
         """What the launch waits for."""
@@ -303,20 +308,30 @@ class Membership:
         self._loading = {}
         try:
             self._pulse.close()
-            if endings := {member.handle.shutdown.remote(): member for member in members}:
-                timeout_s = self._setup.stop_grace_s + _END_WAIT_S
-                timeout_s += ARCHIVE_WAIT_S if self._setup.log_archive else 0.0
-                ended, _ = ray.wait(list(endings), num_returns=len(endings), timeout=timeout_s)
-                self._await_output()
-                if removals := [endings[ref].handle.remove_files.remote() for ref in ended]:
-                    ray.wait(removals, num_returns=len(removals), timeout=_END_WAIT_S)
+            ended = self._shut_down(members, self._shutdown_timeout_s)
+            if removals := [member.handle.remove_files.remote() for member in ended]:
+                ray.wait(removals, num_returns=len(removals), timeout=_END_WAIT_S)
         finally:
             for member in members:
                 _kill(member.handle)
 
-    def _await_output(self) -> None:
+    @property
+    def _shutdown_timeout_s(self) -> float:
+        archive_s = ARCHIVE_WAIT_S if self._setup.log_archive else 0.0
+        return self._setup.stop_grace_s + _END_WAIT_S + archive_s
+
+    def _shut_down(self, members: Sequence[Member], timeout_s: float) -> list[Member]:
+        """Have agents stop their workers, keep their logs and say their last lines; those that did so in time."""
+        endings = {member.handle.shutdown.remote(): member for member in members}
+        if not endings:
+            return []
+        ended, _ = ray.wait(list(endings), num_returns=len(endings), timeout=max(0.0, timeout_s))
+        self._await_output({member.number for member in members})
+        return [endings[ref] for ref in ended]
+
+    def _await_output(self, agents: AbstractSet[int]) -> None:
         """Wait until what ranks printed last is printed here."""
-        if missing := self._output.drain():
+        if missing := self._output.drain(agents):
             logger.warning(
                 "%s: not all lines that were printed last on %s have come; they may be missing here.",
                 self._setup.name,
@@ -401,7 +416,7 @@ class Membership:
         self._loading = {ref: other for ref, other in self._loading.items() if other is not member}
         del self._members[member.slot.index]
         self._recorder.agent_gone(member.number)
-        self._reservation.lost(member.slot.index, gone=gone)
+        self._reservation.lost(member.slot, gone=gone)
         _kill(member.handle)
 
     def _start_failed(self, member: Member, error: Exception) -> LaunchError:

@@ -67,7 +67,7 @@ class Reservation(Protocol):
     def slots(self) -> Mapping[int, Slot]:
         """The bundles in which an agent may be started, by index."""
 
-    def lost(self, index: int, *, gone: bool) -> None:
+    def lost(self, slot: Slot, *, gone: bool) -> None:
         """An agent ended; ``gone`` if its node did, too, or is not to be used any more."""
 
     def rest(self) -> bool:
@@ -154,6 +154,7 @@ class _Gang:
         self._group: PlacementGroup | None = None
         self._asked_at = 0.0
         self._placed = False
+        self._nodes: dict[int, str] = {}
         self._slots: dict[int, Slot] = {}
 
     def refresh(self, draining: AbstractSet[str], silent: AbstractSet[str]) -> None:
@@ -161,7 +162,7 @@ class _Gang:
 
         A silent node keeps its bundle until Ray gives it up, and an agent that is started there waits as long.
         """
-        if not self._placed and (self._group is None or time.monotonic() - self._asked_at > RECONSIDER_S):
+        if not self._look() and (self._group is None or time.monotonic() - self._asked_at > RECONSIDER_S):
             would_fit = fitting(self._demand, available(), private=self._private)
             count = max(self._demand.min_nodes, would_fit)
             # One that would fit and yet is not placed after that long was forgotten by Ray; a new one is looked at.
@@ -170,23 +171,30 @@ class _Gang:
                 strategy = "PACK" if self._private else "STRICT_SPREAD"
                 self._group = self._requests.ask(self._demand.bundles(count), strategy)
             self._asked_at = time.monotonic()
-        assert self._group is not None
-        entry = placement_group_table(self._group)
-        self._placed |= entry["state"] == "CREATED"
+            self._look()
         if not self._placed:
             return
+        assert self._group is not None
         usable = alive_nodes() - draining
         self._slots = {
             index: Slot(index, self._group, index, bundle, node_id)
             for index, bundle in enumerate(self._group.bundle_specs)
-            if (node_id := entry["bundles_to_node_id"].get(index)) in usable
+            if (node_id := self._nodes.get(index)) in usable
         }
+
+    def _look(self) -> bool:
+        """See where Ray has placed it; whether it was placed at any time. What it has is not free any more."""
+        if self._group is not None:
+            entry = placement_group_table(self._group)
+            self._placed |= entry["state"] == "CREATED"
+            self._nodes = entry["bundles_to_node_id"]
+        return self._placed
 
     def slots(self) -> Mapping[int, Slot]:
         """Those that are placed; none before all are."""
         return self._slots
 
-    def lost(self, index: int, *, gone: bool) -> None:
+    def lost(self, slot: Slot, *, gone: bool) -> None:
         """Nothing to do: Ray places a bundle again whose node died."""
 
     def rest(self) -> bool:
@@ -325,11 +333,12 @@ class _Singles:
             if self._enough and single.node_id is not None
         }
 
-    def lost(self, index: int, *, gone: bool) -> None:
-        """Give the node back if it is gone; the next ``refresh`` asks for another."""
-        if gone:
-            _release(self._singles[index].group)
-            self._singles[index] = replace(self._singles[index], node_id=None)
+    def lost(self, slot: Slot, *, gone: bool) -> None:
+        """Give the node back if it is gone; the next ``refresh`` asks for another, unless the last one has."""
+        single = self._singles.get(slot.index)
+        if gone and single is not None and single.group == slot.group:
+            _release(single.group)
+            self._singles[slot.index] = replace(single, node_id=None)
 
     def rest(self) -> bool:
         """Give back the requests that are not placed: others need not think that somebody waits."""

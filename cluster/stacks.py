@@ -28,7 +28,7 @@ STACK_SIGNAL = signal.SIGRTMIN + 11
 signals to language runtimes. Its default action ends a process: it goes only to those that said they answer it."""
 
 _ANSWER_WAIT_S = 2.0
-_SETTLED_S = 0.1
+_SETTLED_S = 0.5
 _LOOK_S = 0.02
 _PY_SPY_WAIT_S = 5.0
 _RECORD_WAIT_S = 20.0

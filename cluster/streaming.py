@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,15 +87,19 @@ class OutputStream:
                 self._followed[agent].given_up = True
                 self._changed.notify_all()
 
-    def drain(self) -> set[str]:
-        """Wait until all agents that end have said that there is no more.
+    def drain(self, agents: AbstractSet[int]) -> set[str]:
+        """Wait until agents that end have said that there is no more.
+
+        Args:
+            agents: Their numbers.
 
         Returns:
             Addresses of those that have not.
         """
         with self._changed:
             began = time.monotonic()
-            while missing := {followed.address for followed in self._followed.values() if followed.waited_for}:
+            ending = [followed for agent, followed in self._followed.items() if agent in agents]
+            while missing := {followed.address for followed in ending if followed.waited_for}:
                 left = max(began, self._heard_at) + _SILENCE_S - time.monotonic()
                 if left <= 0:
                     return missing

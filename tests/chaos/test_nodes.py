@@ -152,8 +152,13 @@ def test_no_replacement_comes(whole: LaptopCluster, log: Log) -> None:
 
 @pytest.mark.row("Ray says a node will be drained")
 @pytest.mark.parametrize("asking", [None, frozenset({0})], ids=["all-ask", "rank-0-asks"])
-def test_node_is_drained(whole: LaptopCluster, log: Log, run: int, asking: frozenset[int] | None) -> None:
-    """Ranks are told and leave together after a step; a round without that node follows; no budget is spent."""
+def test_node_is_drained(
+    whole: LaptopCluster, log: Log, run: int, asking: frozenset[int] | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks are told and leave together after a step; a round without that node follows; no budget is spent.
+
+    What they print last comes home from the node that is left, too.
+    """
     victim = run % 3
 
     def break_it() -> None:
@@ -163,7 +168,8 @@ def test_node_is_drained(whole: LaptopCluster, log: Log, run: int, asking: froze
         log.finish()
 
     with meanwhile(break_it):
-        result = launch(train, log, asking=asking, elastic=job("2:3", max_restarts=0, max_node_failures=0))
+        elastic = job("2:3", max_restarts=0, max_node_failures=0, logs="all")
+        result = launch(train, log, asking=asking, elastic=elastic)
     drained, succeeded = result.rounds
     assert drained.ending is Ending.DRAINED
     assert [rank.outcome for rank in drained.ranks] == [Outcome.STOPPED] * 3
@@ -172,6 +178,7 @@ def test_node_is_drained(whole: LaptopCluster, log: Log, run: int, asking: froze
     assert told.left_when_asked == {0, 1, 2}
     assert [seen.restarts for seen in log.rounds()] == [0, 0]
     assert log.at_most_one_step_was_lost()
+    assert capfd.readouterr().out.count(f"leaves after step {told.last_step}\n") == 3
 
 
 @pytest.mark.row("more nodes arrive, below max")

@@ -152,6 +152,7 @@ def train(
         time.sleep(_WORK_S)
     if votes[0]:
         note(step=step, asked=True)
+        print(f"leaves after step {step}")
     dist.destroy_process_group()
     return step
 
