@@ -162,9 +162,12 @@ class RemoteRun:
         if (status := self.status()).ended:
             return status
         stop_job(self._job, self.run_id, self._options)
-        if read_outcome(self._folder) is None:
+        if (outcome := read_outcome(self._folder)) is None:
             # Its driver was not at work yet, or was killed; whoever asks later may find no job any more.
             write_failure(self._folder, self._stopped("It was cancelled before its driver could say how it ended."))
+        elif outcome.state != RunStatus.STOPPED.value:
+            # It ended by itself meanwhile: what it has brought is not this one's to remove.
+            return RunStatus(outcome.state)
         discard(self._folder)
         return self.status()
 

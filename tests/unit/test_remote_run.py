@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from kfpytorch_ray import (
     NodeLostError,
     RayBackend,
     ResultCollectedError,
+    RunStoppedError,
     StorageError,
 )
 from kfpytorch_ray.cluster.pickling import dump_result_parts
@@ -122,6 +123,58 @@ def manifest() -> Manifest:
 
 def opened(folder: Storage, reconnect_timeout_s: float = 600.0) -> RemoteRun:
     return RemoteRun(manifest(), folder, RayBackend(reconnect_timeout_s=reconnect_timeout_s), Job)
+
+
+class RunningJob(Job):
+    """A job that runs, and whose driver does as told when it is stopped."""
+
+    def __init__(self, at_stop: Callable[[], None]) -> None:
+        self._at_stop = at_stop
+
+    def look(self) -> JobState:
+        return JobState(RunStatus.RUNNING)
+
+    def stop(self, timeout_s: float) -> None:
+        self._at_stop()
+
+
+def cancelled(folder: Storage, at_stop: Callable[[], None]) -> RunStatus:
+    """What ``cancel()`` says of a run that runs; ``at_stop`` is what its driver does when it is stopped."""
+    return RemoteRun(manifest(), folder, RayBackend(), lambda: RunningJob(at_stop)).cancel()
+
+
+def unfinished(folder: Storage) -> bytes:
+    """Take a run's outcome back; returns it."""
+    outcome = folder.read(OUTCOME)
+    assert outcome is not None
+    folder.remove(OUTCOME)
+    return outcome
+
+
+def test_a_run_that_succeeds_while_it_is_cancelled_keeps_its_result(folder: Storage) -> None:
+    """It was seen at work, and its outcome comes before the stop does."""
+    outcome = unfinished(folder)
+    assert cancelled(folder, lambda: folder.write(OUTCOME, outcome)) is RunStatus.SUCCEEDED
+    assert opened(folder).result()[0].return_value == 42
+
+
+def test_a_run_that_fails_while_it_is_cancelled_stays_as_it_is(folder: Storage) -> None:
+    """It was not the stop that ended it."""
+    unfinished(folder)
+    before = set(folder.files())
+    assert cancelled(folder, lambda: write_failure(folder, NodeLostError("What.", 12.5))) is RunStatus.FAILED
+    assert set(folder.files()) == before | {OUTCOME}
+    with pytest.raises(NodeLostError):
+        opened(folder).result()
+
+
+def test_what_a_run_that_was_cancelled_has_left_is_removed(folder: Storage) -> None:
+    """Whether its driver could say so or not."""
+    for at_stop in (lambda: None, lambda: write_failure(folder, RunStoppedError("The job was asked to stop."))):
+        folder.remove(OUTCOME)
+        folder.write(result_name(0), b"half a result")
+        assert cancelled(folder, at_stop) is RunStatus.STOPPED
+        assert result_name(0) not in folder.files()
 
 
 @pytest.mark.parametrize("name", [OUTCOME, COLLECTED, OUTCOME_RECORD, result_name(0)])
