@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +25,7 @@ from kfpytorch_ray import (
     StorageError,
 )
 from kfpytorch_ray.cluster.pickling import dump_result_parts
-from kfpytorch_ray.cluster.remote import patience
+from kfpytorch_ray.cluster.remote import handle, patience
 from kfpytorch_ray.cluster.remote.handle import RemoteRun
 from kfpytorch_ray.cluster.remote.job import JobState
 from kfpytorch_ray.cluster.remote.outcome import NOTHING, Record, result_name, write_failure, write_outcome
@@ -33,8 +34,9 @@ from kfpytorch_ray.cluster.spool import map_spooled, spool
 from kfpytorch_ray.report.data import Activity
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 from kfpytorch_ray.run import RunStatus
-from kfpytorch_ray.runs import COLLECTED, DRIVER_LOG, MANIFEST, OUTCOME, OUTCOME_RECORD, Manifest
+from kfpytorch_ray.runs import COLLECTED, DRIVER_LOG, LEASE, MANIFEST, OUTCOME, OUTCOME_RECORD, Manifest, discard
 from kfpytorch_ray.storage import Storage
+from kfpytorch_ray.testing import wait_until
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -175,6 +177,33 @@ def test_what_a_run_that_was_cancelled_has_left_is_removed(folder: Storage) -> N
         folder.write(result_name(0), b"half a result")
         assert cancelled(folder, at_stop) is RunStatus.STOPPED
         assert result_name(0) not in folder.files()
+
+
+@pytest.mark.parametrize("ends", ["stopped", "cancelled", "failed"])
+def test_the_lease_is_not_kept_any_more_when_what_is_left_is_removed(
+    folder: Storage, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """It would be written anew, into a folder that nobody looks after."""
+    unfinished(folder)
+    others = set(threading.enumerate())
+    kept = []
+
+    def discard_then(folder: Storage) -> None:
+        kept.append(not set(threading.enumerate()) <= others)
+        discard(folder)
+
+    monkeypatch.setattr(handle, "discard", discard_then)
+    run = RemoteRun(replace(manifest(), lease_s=600.0), folder, RayBackend(), lambda: RunningJob(lambda: None))
+    run.keep_lease()
+    wait_until(lambda: LEASE in folder.files(), "the first sign of life")
+    if ends == "cancelled":
+        run.cancel()
+    else:
+        write_failure(folder, RunStoppedError("What.") if ends == "stopped" else NodeLostError("What.", 12.5))
+        with pytest.raises((RunStoppedError, NodeLostError)):
+            run.result()
+    assert kept == [False]
+    assert LEASE not in folder.files()
 
 
 @pytest.mark.parametrize("name", [OUTCOME, COLLECTED, OUTCOME_RECORD, result_name(0)])
