@@ -371,7 +371,10 @@ class RemoteRun:
         with contextlib.suppress(KfpytorchRayError, TimeoutError):
             self._job.stop(_STOP_WAIT_S)
         write_failure(self._folder, error)
-        discard(self._folder)
+        outcome = read_outcome(self._folder)
+        # It may have come after all.
+        if outcome is None or outcome.state != RunStatus.SUCCEEDED.value:
+            discard(self._folder)
 
     def _stopped(self, why: str) -> RunStoppedError:
         return RunStoppedError(explain(f"The run {self.run_id} was stopped.", why, "Launch it again."))

@@ -29,7 +29,7 @@ from kfpytorch_ray.errors import (
 from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.results import ElasticWorkerResult, RoundRecord
 from kfpytorch_ray.run import RunStatus
-from kfpytorch_ray.runs import OUTCOME, OUTCOME_RECORD, RESULTS, Outcome
+from kfpytorch_ray.runs import OUTCOME, OUTCOME_RECORD, RESULTS, Outcome, read_outcome
 from kfpytorch_ray.storage import Digest, Storage
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,15 @@ class Record:
 
 
 def write_failure(folder: Storage, error: KfpytorchRayError) -> None:
-    """Leave why the run failed or was stopped; where that cannot be written, its log still says it."""
+    """Leave why the run failed or was stopped; where that cannot be written, its log still says it.
+
+    A run that has left an outcome has ended like that: it stays.
+    """
     status = RunStatus.STOPPED if isinstance(error, RunStoppedError) else RunStatus.FAILED
     record = Record(error.rounds if isinstance(error, LaunchError) else (), error)
     try:
-        write_outcome(folder, status, record)
+        if read_outcome(folder) is None:
+            write_outcome(folder, status, record)
     except KfpytorchRayError as unwritten:
         logger.warning("The outcome of this run could not be kept: %s", unwritten)
 

@@ -21,6 +21,7 @@ from kfpytorch_ray import (
     NodeLostError,
     RayBackend,
     ResultCollectedError,
+    RunLostError,
     RunStoppedError,
     StorageError,
 )
@@ -179,6 +180,19 @@ def test_what_a_run_that_was_cancelled_has_left_is_removed(folder: Storage) -> N
         assert result_name(0) not in folder.files()
 
 
+def test_a_success_that_comes_while_the_run_is_given_up_stays(folder: Storage) -> None:
+    """Its job was over and had left no outcome yet; whoever asks again has the result."""
+    outcome = unfinished(folder)
+
+    class LateJob(RunningJob):
+        def look(self) -> JobState:
+            return JobState(RunStatus.LOST)
+
+    with pytest.raises(RunLostError):
+        RemoteRun(manifest(), folder, RayBackend(), lambda: LateJob(lambda: folder.write(OUTCOME, outcome))).result()
+    assert opened(folder).result()[0].return_value == 42
+
+
 @pytest.mark.parametrize("ends", ["stopped", "cancelled", "failed"])
 def test_the_lease_is_not_kept_any_more_when_what_is_left_is_removed(
     folder: Storage, monkeypatch: pytest.MonkeyPatch, ends: str
@@ -248,12 +262,14 @@ def test_the_report_comes_home(folder: Storage) -> None:
     assert report.started_at == report.phases[0].started_at < later.started_at
     error = NodeLostError("What.", 12.5)
     error.report = sample_reports.failure()
+    folder.remove(OUTCOME)
     write_failure(folder, error)
     with pytest.raises(NodeLostError) as caught:
         opened(folder).result(keep=True)
     assert caught.value.report == sample_reports.failure()
     rank = RankRecord(0, 0, 0, "pod-0", Outcome.EXITED, 3, 5.0)
     record = RoundRecord(0, 1, ("pod-0",), 1.0, 6.0, (rank,), Ending.FAILED)
+    folder.remove(OUTCOME)
     write_failure(folder, LaunchError("What.", 5.0, (record,)))
     with pytest.raises(LaunchError) as caught_of_pods:
         opened(folder).result(keep=True)
