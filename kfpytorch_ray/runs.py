@@ -10,9 +10,9 @@
         driver.log        what its driver has printed; written at its end
         pods/NAME/...     how a pod of a PyTorchJob ended and what it has printed; together they make the outcome
         results/rank-N    the value of each rank
-        outcome.pkl       what became of every rank, and the error
-        outcome.json      how it ended; written last
-        collected.json    that the result was taken; results, outcome.pkl and what was staged are gone then
+        records/*.pkl     what became of every rank, and the error; several who give a run up leave one each
+        outcome.json      how it ended, and which record tells it; written last
+        collected.json    that the result was taken; results, records and what was staged are gone then
 
 Here is what both ends, the command line and the clean-up share. Nothing here unpickles, and nothing asks a cluster.
 """
@@ -49,7 +49,9 @@ DRIVER = "driver"
 DRIVER_LOG = "driver.log"
 PODS = "pods"
 RESULTS = "results"
-OUTCOME_RECORD = "outcome.pkl"
+RECORDS = "records"
+OLD_RECORD = "outcome.pkl"
+"""Where versions that did not name it kept the record."""
 OUTCOME = "outcome.json"
 COLLECTED = "collected.json"
 
@@ -134,8 +136,9 @@ class Outcome(Json):
         ended_at: Seconds since the epoch.
         message: The error; empty without one.
         error: Class of the error; empty without one.
-        record: SHA-256 and size of outcome.pkl.
+        record: SHA-256 and size of the record.
         results: SHA-256 and size of each rank's result, by rank.
+        record_name: Of the record, in the run's folder.
     """
 
     state: str
@@ -144,10 +147,11 @@ class Outcome(Json):
     error: str
     record: tuple[str, int]
     results: tuple[tuple[str, int], ...] = ()
+    record_name: str = OLD_RECORD
 
     @property
     def record_digest(self) -> Digest:
-        """Of outcome.pkl."""
+        """Of the record."""
         return Digest(*self.record)
 
     def result_digest(self, rank: int) -> Digest:
@@ -250,7 +254,8 @@ def collect(folder: Storage) -> None:
     note = {"collected_at": time.time(), "collected_by": whoami()}
     folder.write(COLLECTED, json.dumps(note).encode())
     discard(folder)
-    folder.remove(OUTCOME_RECORD)
+    for name in (RECORDS, OLD_RECORD):
+        folder.remove(name)
 
 
 def discard(folder: Storage) -> None:

@@ -105,7 +105,7 @@ class Launcher:
                 run.cancel()
                 # Its outcome is there a moment before it is over, and it still writes then.
                 self.client.wait_until_over(run.run_id, _MARGIN_S)
-                self.client.forget(run.run_id)
+                self.client.forget(run.run_id, thoroughly=True)
 
 
 @contextlib.contextmanager

@@ -84,6 +84,16 @@ def report(
     folder.write(_REPORT, said.to_json())
 
 
+def has_succeeded(run: Storage, pod: str) -> bool:
+    """Whether a pod has said that it succeeded; it must not say anything else after that.
+
+    Raises:
+        StorageError: The storage cannot be read.
+    """
+    said = folder_of(run, pod).read(_REPORT)
+    return said is not None and PodReport.from_json(said).state == RunStatus.SUCCEEDED.value
+
+
 def settle_success(run: Storage) -> bool:
     """Write the run's outcome if every rank of one round has returned; whether it has.
 

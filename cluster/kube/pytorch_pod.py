@@ -24,7 +24,7 @@ from kfpytorch_ray.cluster.kube import code
 from kfpytorch_ray.cluster.kube.pod_log import mark_of
 from kfpytorch_ray.cluster.kube.pod_peers import GRACE_S, PeerWatch
 from kfpytorch_ray.cluster.kube.pod_ranks import budget_of, run_ranks, succeeded
-from kfpytorch_ray.cluster.kube.pod_reports import LOG, folder_of, report, settle_success
+from kfpytorch_ray.cluster.kube.pod_reports import LOG, folder_of, has_succeeded, report, settle_success
 from kfpytorch_ray.cluster.kube.pod_request import PodRequest
 from kfpytorch_ray.cluster.kube.pod_worker import Places
 from kfpytorch_ray.cluster.remote.lease import LeaseWatch
@@ -116,6 +116,9 @@ class _Pod:
         os.chdir(working_dir)
 
     def _train(self, request: PodRequest) -> int:
+        if has_succeeded(self.folder, socket.gethostname()):
+            # The operator has started it again; the others may be gone, and no round would come about.
+            return self._wait_for_others()
         os.environ.update(request.environment)
         time.tzset()
         sys.path[:] = search_path(sys.path, request.sys_path)
@@ -127,13 +130,7 @@ class _Pod:
             uploaded = [(rank, self._upload(rank, one.result)) for rank, one in sorted(returned.items())]
         record = Record((succeeded(returned, started_at),))
         report(self.folder, socket.gethostname(), RunStatus.SUCCEEDED, record, results=uploaded)
-        try:
-            return self._wait_for_others()
-        except SystemExit as stop:
-            if stop.code != TERMINATED:
-                raise
-            # Its results are there and count; who took them may have removed the job by now.
-            return TERMINATED if read_outcome(self.folder) is None else 0
+        return self._wait_for_others()
 
     def _upload(self, rank: int, path: str) -> Digest:
         return self.folder.upload(result_name(rank), [map_spooled(Path(path)).data])
@@ -150,11 +147,16 @@ class _Pod:
 
     def _failed(self, error: KfpytorchRayError, budget: str) -> int:
         sys.stderr.write(f"{error}\n")
+        if has_succeeded(self.folder, socket.gethostname()):
+            return EXIT_FAILED
         rounds = error.rounds if isinstance(error, LaunchError) else ()
         report(self.folder, socket.gethostname(), RunStatus.FAILED, Record(rounds, error), budget)
         return EXIT_FAILED
 
     def _stopped(self, reason: str, fix: str) -> int:
+        if has_succeeded(self.folder, socket.gethostname()):
+            # Its results are there and count; who took them may have removed the job by now.
+            return TERMINATED if read_outcome(self.folder) is None else 0
         error = RunStoppedError(explain(f"The pod {socket.gethostname()} was stopped.", reason, fix))
         sys.stderr.write(f"{error}\n")
         report(self.folder, socket.gethostname(), RunStatus.STOPPED, Record((), error))

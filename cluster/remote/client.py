@@ -40,8 +40,8 @@ READ_TIMEOUT_S = 60.0
 
 _LOOK_S = 0.25
 
-_WATCHED_S = 3.0
-"""How long Ray may take to notice that a job is over, on a machine that is busy."""
+_FORGET_S = (3.0, 5.0, 8.0)
+"""Seconds after which a job is taken off the list: Ray has noticed its end by the first, or soon, on a busy machine."""
 
 _TLS_ALERT = "\x15\x03"
 """How a TLS server begins an answer to what is no TLS."""
@@ -144,17 +144,26 @@ class JobClient(JobSubmissionClient):
             pause.wait(_LOOK_S)
         return job
 
-    def forget(self, submission_id: str) -> None:
+    def forget(self, submission_id: str, *, thoroughly: bool = False) -> None:
         """Take a job that is over off the cluster's list, in a moment and from another thread.
 
-        Ray's own watch over a job looks once a second. A job that is removed before its last look is written anew, as
-        one that has failed. This process does not end before it is done.
+        Ray's own watch over a job looks once a second, until the actor that ran it has ended. A job that is removed
+        before the last look is written anew, as one that has failed, and is removed again.
+
+        Args:
+            submission_id: Of the job.
+            thoroughly: This process ends no sooner than after the last try. Otherwise after the first: who launches
+                once is not to wait for what most often is over by then.
         """
-        threading.Timer(_WATCHED_S, self._forget, (submission_id,)).start()
+        for number, after_s in enumerate(_FORGET_S):
+            timer = threading.Timer(after_s, self._forget, (submission_id,))
+            timer.daemon = number > 0 and not thoroughly
+            timer.start()
 
     def _forget(self, submission_id: str) -> None:
         try:
-            self.delete_job(submission_id)
+            if self.job(submission_id) is not None:
+                self.delete_job(submission_id)
         except KfpytorchRayError as error:
             logger.info("The job %s stays on the list of %s: %s", submission_id, self.address, error)
 

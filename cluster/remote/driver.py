@@ -7,6 +7,7 @@ in the storage as the run's outcome, and the error's message as the last lines o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
 from kfpytorch_ray.errors import KfpytorchRayError, RunStoppedError, StorageError, explain
 from kfpytorch_ray.run import RunStatus
-from kfpytorch_ray.runs import DRIVER_LOG, MANIFEST
+from kfpytorch_ray.runs import DRIVER_LOG, MANIFEST, read_outcome
 from kfpytorch_ray.storage import Digest, Storage
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,9 @@ def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: Lease
     except KfpytorchRayError as error:
         return _fail(folder, error, EXIT_FAILED)
     except (SystemExit, KeyboardInterrupt):
+        if _has_succeeded(folder):
+            # It was asked in the instant after it said so.
+            return 0
         why = lease.reason or "The job was asked to stop."
         stopped = RunStoppedError(explain(f"{request.setup.name} was stopped.", why, lease.fix))
         return _fail(folder, stopped, TERMINATED)
@@ -91,6 +95,13 @@ def _write_success(folder: Storage, launched: Launched) -> None:
         digests = list(pool.map(partial(_upload, folder), range(len(launched.refs)), launched.refs))
     results = tuple((digest.sha256, digest.size_bytes) for digest in digests)
     write_outcome(folder, RunStatus.SUCCEEDED, Record(launched.rounds, report=launched.report), results)
+
+
+def _has_succeeded(folder: Storage) -> bool:
+    with contextlib.suppress(StorageError):
+        outcome = read_outcome(folder)
+        return outcome is not None and outcome.state == RunStatus.SUCCEEDED.value
+    return False
 
 
 def _upload(folder: Storage, rank: int, ref: Any) -> Digest:

@@ -78,6 +78,7 @@ class RemoteRun:
         self._options = options
         self._find_job = job
         self._seen = False
+        self._lease = LeaseKeeper(folder, manifest.lease_s)
 
     def __repr__(self) -> str:
         return f"RemoteRun({self.run_id!r})"
@@ -88,9 +89,8 @@ class RemoteRun:
 
     def keep_lease(self) -> None:
         """Keep the run's lease as long as this process lives, or until the run has ended."""
-        keeper = LeaseKeeper(self._folder, self._manifest.lease_s)
-        keeper.start()
-        weakref.finalize(self, keeper.stop)
+        self._lease.start()
+        weakref.finalize(self, self._lease.stop)
 
     def status(self) -> RunStatus:
         """Where it stands now."""
@@ -98,6 +98,13 @@ class RemoteRun:
 
     def _state(self) -> JobState:
         """How it ended, else where its job stands."""
+        state = self._looked_up()
+        if state.status.ended:
+            # Before anything is removed, which it would write anew.
+            self._lease.stop()
+        return state
+
+    def _looked_up(self) -> JobState:
         if (outcome := read_outcome(self._folder)) is not None:
             return JobState(RunStatus(outcome.state))
         state = self._job.look()
@@ -162,9 +169,13 @@ class RemoteRun:
         if (status := self.status()).ended:
             return status
         stop_job(self._job, self.run_id, self._options)
-        if read_outcome(self._folder) is None:
+        self._lease.stop()
+        if (outcome := read_outcome(self._folder)) is None:
             # Its driver was not at work yet, or was killed; whoever asks later may find no job any more.
             write_failure(self._folder, self._stopped("It was cancelled before its driver could say how it ended."))
+        elif outcome.state != RunStatus.STOPPED.value:
+            # It ended by itself meanwhile: what it has brought is not this one's to remove.
+            return RunStatus(outcome.state)
         discard(self._folder)
         return self.status()
 
@@ -361,7 +372,10 @@ class RemoteRun:
         with contextlib.suppress(KfpytorchRayError, TimeoutError):
             self._job.stop(_STOP_WAIT_S)
         write_failure(self._folder, error)
-        discard(self._folder)
+        outcome = read_outcome(self._folder)
+        # It may have come after all.
+        if outcome is None or outcome.state != RunStatus.SUCCEEDED.value:
+            discard(self._folder)
 
     def _stopped(self, why: str) -> RunStoppedError:
         return RunStoppedError(explain(f"The run {self.run_id} was stopped.", why, "Launch it again."))

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 
 from kfpytorch_ray.errors import StorageError
-from kfpytorch_ray.runs import LEASE
+from kfpytorch_ray.runs import LEASE, MANIFEST, OUTCOME
 from kfpytorch_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -70,10 +70,15 @@ class FolderThread(ABC):
 
 
 class LeaseKeeper(FolderThread):
-    """Keeps the lease of a run."""
+    """Keeps the lease of a run until the run has ended."""
 
     def _do(self) -> None:
-        self._folder.write(LEASE, uuid.uuid4().hex.encode())
+        if self._folder.read(OUTCOME) is not None:
+            # Whoever takes what it has left, perhaps elsewhere, removes the lease as well.
+            self._over.set()
+        elif self._folder.read(MANIFEST) is not None:
+            # Without one the run was removed, or a shared folder is not mounted for a while.
+            self._folder.write(LEASE, uuid.uuid4().hex.encode())
 
 
 class LeaseWatch(FolderThread):

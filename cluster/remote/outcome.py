@@ -29,8 +29,8 @@ from kfpytorch_ray.errors import (
 from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.results import ElasticWorkerResult, RoundRecord
 from kfpytorch_ray.run import RunStatus
-from kfpytorch_ray.runs import OUTCOME, OUTCOME_RECORD, RESULTS, Outcome
-from kfpytorch_ray.storage import Digest, Storage
+from kfpytorch_ray.runs import OUTCOME, RECORDS, RESULTS, Outcome, read_outcome
+from kfpytorch_ray.storage import Digest, Storage, digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,15 @@ class Record:
 
 
 def write_failure(folder: Storage, error: KfpytorchRayError) -> None:
-    """Leave why the run failed or was stopped; where that cannot be written, its log still says it."""
+    """Leave why the run failed or was stopped; where that cannot be written, its log still says it.
+
+    A run that has left an outcome has ended like that: it stays.
+    """
     status = RunStatus.STOPPED if isinstance(error, RunStoppedError) else RunStatus.FAILED
     record = Record(error.rounds if isinstance(error, LaunchError) else (), error)
     try:
-        write_outcome(folder, status, record)
+        if read_outcome(folder) is None:
+            write_outcome(folder, status, record)
     except KfpytorchRayError as unwritten:
         logger.warning("The outcome of this run could not be kept: %s", unwritten)
 
@@ -70,7 +74,7 @@ def read_record(folder: Storage, outcome: Outcome) -> Record:
         StorageError: It cannot be read.
         IntegrityError: It is not what was written.
     """
-    record: Record = pickle.loads(folder.read_checked(OUTCOME_RECORD, outcome.record_digest))
+    record: Record = pickle.loads(folder.read_checked(outcome.record_name, outcome.record_digest))
     if isinstance(record.error, WorkerFailedError | ResultError) and failures(record.rounds[-1]):
         record.error.__cause__ = rebuilt_exception(root_cause(record.rounds[-1]))
     return record
@@ -136,7 +140,11 @@ def write_outcome(
     Raises:
         StorageError: It cannot be written.
     """
-    written = folder.upload(OUTCOME_RECORD, [pickle.dumps(record)])
+    pickled = pickle.dumps(record)
+    written = digest_of(pickled)
+    # Two who give a run up at the same time must not write over each other's.
+    name = f"{RECORDS}/{written.sha256}.pkl"
+    folder.write(name, pickled)
     outcome = Outcome(
         state=status.value,
         ended_at=time.time(),
@@ -144,6 +152,7 @@ def write_outcome(
         error=type(record.error).__name__ if record.error else "",
         record=(written.sha256, written.size_bytes),
         results=results,
+        record_name=name,
     )
     folder.write(OUTCOME, outcome.to_json())
 

@@ -6,9 +6,7 @@ Nobody acts on the RayJobs here: each test writes the status that KubeRay would 
 from __future__ import annotations
 
 import os
-import pickle
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,9 @@ from kfpytorch_ray import (
     launch,
 )
 from kfpytorch_ray.cluster.kube import waiting as patience
-from kfpytorch_ray.cluster.remote.outcome import Record
+from kfpytorch_ray.cluster.remote.outcome import Record, write_outcome
 from kfpytorch_ray.errors import ClusterError, PlacementTimeoutError
 from kfpytorch_ray.run import Run
-from kfpytorch_ray.runs import OUTCOME, OUTCOME_RECORD, Outcome
 from kfpytorch_ray.storage import Storage
 from kfpytorch_ray.testing import wait_until
 
@@ -153,10 +150,7 @@ def test_a_job_that_is_tried_again_goes_on(
 
 def succeed(folder: Path) -> None:
     """Leave what a driver leaves whose one rank returned nothing."""
-    storage = Storage(str(folder))
-    record = storage.upload(OUTCOME_RECORD, [pickle.dumps(Record(()))])
-    outcome = Outcome("succeeded", time.time(), "", "", (record.sha256, record.size_bytes), (("", 0),))
-    storage.write(OUTCOME, outcome.to_json())
+    write_outcome(Storage(str(folder)), RunStatus.SUCCEEDED, Record(()), (("", 0),))
 
 
 def test_a_cluster_that_never_gets_ready(api: Api, namespace: str, backend: KubeRayBackend) -> None:

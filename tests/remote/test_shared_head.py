@@ -128,4 +128,4 @@ def test_one_waits_for_the_other_whose_driver_is_killed(head: HeadCluster, stora
     with pytest.raises(RunLostError, match="killed"):
         lost.result()
     left = Path(storage.removeprefix("file://"), "runs", holder.run_id())
-    assert sorted(path.name for path in left.iterdir()) == ["manifest.json", "outcome.json", "outcome.pkl"]
+    assert sorted(path.name for path in left.iterdir()) == ["manifest.json", "outcome.json", "records"]

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kfpytorch_ray.cluster import guardian
 from kfpytorch_ray.cluster.guardian import RAYLET_VARIABLE, kill_all, marked_processes, strays
 from kfpytorch_ray.cluster.processes import kill_group
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
@@ -92,6 +94,48 @@ def test_what_a_marked_process_starts_is_marked_too(tmp_path: Path) -> None:
             until(lambda: marked_processes(mark) >= {parent.pid, child})
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+@pytest.fixture
+def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """All that the kernel shows of processes: one, which has no parent and shows neither environment nor arguments."""
+    process = tmp_path / "123"
+    process.mkdir()
+    (process / "stat").write_text("123 (sh) R 1 123 123")
+    (process / "exe").symlink_to("/bin/sh")
+    for name in ("environ", "cmdline"):
+        (process / name).touch()
+    monkeypatch.setattr(guardian, "_PROC", tmp_path)
+    return process
+
+
+def test_a_process_in_the_middle_of_an_exec_is_found(process: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows its mark a moment later, and would outlive its round."""
+    mark = mark_of(1, "folder")
+
+    def goes_on(_s: float) -> None:
+        (process / "environ").write_bytes(f"PATH=/bin\0{mark}\0".encode())
+        (process / "cmdline").write_bytes(b"sleep\0")
+
+    monkeypatch.setattr(guardian, "time", SimpleNamespace(sleep=goes_on))
+    assert strays(mark, {1}) == set()
+    assert strays(mark, {2}) == {123}
+    assert marked_processes(mark) == {123}
+
+
+@pytest.mark.parametrize("kind", ["without an environment", "of the kernel"])
+def test_nobody_waits_for_a_process_that_never_shows_an_environment(
+    process: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """There may be hundreds, and every round looks at all."""
+    if kind == "of the kernel":
+        (process / "exe").unlink()
+    else:
+        (process / "cmdline").write_bytes(b"sleep\0")
+    waits: list[float] = []
+    monkeypatch.setattr(guardian, "time", SimpleNamespace(sleep=waits.append))
+    assert strays(mark_of(1, "folder"), {2}) == set()
+    assert waits == []
 
 
 def test_what_dead_processes_left_behind_is_told_from_what_belongs_to_the_agent(tmp_path: Path) -> None:

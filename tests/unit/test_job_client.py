@@ -14,6 +14,7 @@ import pytest
 
 from kfpytorch_ray import AuthenticationError, ClusterError, ClusterUnreachableError, ConfigError
 from kfpytorch_ray.cluster.listening import nobody_at, speaks_http
+from kfpytorch_ray.cluster.remote import client as client_module
 from kfpytorch_ray.cluster.remote.client import JobClient
 
 VERSION = {"version": "4", "ray_version": "2.60.0", "session_name": "session_1"}
@@ -60,6 +61,61 @@ def saying(said: bytes) -> Iterator[str]:
 
     with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as address:
         yield f"http://{address}"
+
+
+@contextmanager
+def listing(returns: int) -> Iterator[tuple[str, list[str]]]:
+    """A job server whose one job comes back as often as said when it is removed, and what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            job = {"type": "SUBMISSION", "submission_id": "kfr-one", "status": "FAILED", "entrypoint": "?"}
+            self.answer(job if asked.count("DELETE") <= returns else None)
+
+        def do_DELETE(self) -> None:
+            self.answer({"deleted": True} if asked.count("DELETE") <= returns else None)
+            asked.append("DELETE")
+
+        def answer(self, body: dict[str, object] | None) -> None:
+            self.send_response(200 if body else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_line: object) -> None:
+            pass
+
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        yield f"http://{address}", asked
+
+
+def timers() -> list[threading.Timer]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+def test_a_job_that_comes_back_is_forgotten_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's watch over jobs writes one anew that is removed before its last look."""
+    monkeypatch.setattr(client_module, "_FORGET_S", [0.0] * len(client_module._FORGET_S))
+    with listing(returns=1) as (address, asked):
+        client = JobClient(address)
+        client.forget("kfr-one")
+        for timer in timers():
+            timer.join()
+        assert client.job("kfr-one") is None
+        assert asked.count("DELETE") >= 2
+
+
+@pytest.mark.parametrize("thoroughly", [False, True])
+def test_who_waits_for_a_job_to_be_forgotten(thoroughly: bool) -> None:
+    """A process that only launches ends after the first try."""
+    others = set(timers())
+    JobClient("http://127.0.0.1:1").forget("kfr-one", thoroughly=thoroughly)
+    tries = sorted(set(timers()) - others, key=lambda timer: timer.interval)
+    for timer in tries:
+        timer.cancel()
+        timer.join()
+    assert [timer.daemon for timer in tries] == [False, *[not thoroughly] * (len(tries) - 1)]
+    assert len(tries) > 1
 
 
 def test_the_version() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kfpytorch_ray.cluster.remote.lease import LeaseKeeper, LeaseWatch
-from kfpytorch_ray.runs import LEASE
+from kfpytorch_ray.runs import LEASE, MANIFEST, OUTCOME
 from kfpytorch_ray.storage import Storage
 from kfpytorch_ray.testing import wait_until
 
@@ -34,7 +35,10 @@ with interruptible():
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "run"))
+    """Of a run that has not ended."""
+    folder = Storage(str(tmp_path / "run"))
+    folder.write(MANIFEST, b"{}")
+    return folder
 
 
 @pytest.fixture
@@ -78,18 +82,39 @@ def test_without_a_lease_nothing_is_written_or_watched(folder: Storage) -> None:
     """A run without one needs no thread."""
     keeper, watch = LeaseKeeper(folder, None), LeaseWatch(folder, None)
     with keeper, watch:
-        assert folder.names() == []
+        assert folder.names() == [MANIFEST]
     assert watch.reason == ""
+
+
+def test_the_lease_of_a_run_that_has_ended_is_not_written_anew(folder: Storage) -> None:
+    """Whoever took its result has removed it; nobody has told this process."""
+    others = set(threading.enumerate())
+    with LeaseKeeper(folder, 0.2):
+        wait_until(lambda: LEASE in folder.names(), "the first sign of life")
+        folder.write(OUTCOME, b"{}")
+        wait_until(lambda: set(threading.enumerate()) <= others, "the keeper to notice")
+        folder.remove(LEASE)
+    with LeaseKeeper(folder, 0.2):
+        pass
+    assert folder.names() == [MANIFEST, OUTCOME]
+
+
+def test_a_run_that_was_removed_does_not_come_back(folder: Storage) -> None:
+    """As by a clean-up."""
+    folder.remove()
+    with LeaseKeeper(folder, 0.2):
+        pass
+    assert folder.names() == []
 
 
 def test_a_storage_that_fails_for_a_while(folder: Storage, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A sign of life that cannot be written is said and tried again."""
     lost = tmp_path / "run" / "lost"
-    lost.parent.mkdir()
     lost.write_text("a file where the folder should be")
     with LeaseKeeper(folder.folder("lost"), 0.2):
         wait_until(lambda: "cannot be written" in caplog.text or "Why:" in caplog.text, "a failure to be said")
         lost.unlink()
+        folder.folder("lost").write(MANIFEST, b"{}")
         wait_until((lost / LEASE).exists, "the next try")
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sample_reports
 
+from kfpytorch_ray import RayBackend
+from kfpytorch_ray.cluster.launching import Launched
+from kfpytorch_ray.cluster.remote import driver
 from kfpytorch_ray.cluster.remote.driver import main
+from kfpytorch_ray.cluster.remote.outcome import write_outcome
 from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest, read_outcome
 from kfpytorch_ray.storage import Storage, digest_of
 
@@ -51,6 +59,37 @@ def test_a_request_without_a_hash_is_not_unpickled(folder: Storage, tmp_path: Pa
     """An entrypoint that was cut short is no way around the check."""
     assert main(f"{folder.uri}{sha256}") == 1
     assert not (tmp_path / "sprung").exists()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Of a launch that has no ranks."""
+
+    name: str = "train"
+    known_as: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    setup: Setup = Setup()
+
+
+def test_a_driver_that_is_stopped_in_the_instant_after_its_success(
+    folder: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The success that was said is not taken back."""
+
+    def write_outcome_then(*arguments: Any) -> None:
+        write_outcome(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(driver, "read_request", lambda *_: (RUN, (Request(), RayBackend())))
+    monkeypatch.setattr(driver, "run_request", lambda *_, **__: Launched((), (), sample_reports.success()))
+    monkeypatch.setattr(driver, "write_outcome", write_outcome_then)
+    assert main(f"{folder.uri}#00") == 0
+    left = read_outcome(folder)
+    assert left is not None
+    assert left.state == "succeeded"
 
 
 def test_a_run_whose_request_was_removed(folder: Storage, capsys: pytest.CaptureFixture[str]) -> None:

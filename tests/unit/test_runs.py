@@ -16,8 +16,9 @@ from kfpytorch_ray.runs import (
     DRIVER_LOG,
     INPUTS,
     MANIFEST,
+    OLD_RECORD,
     OUTCOME,
-    OUTCOME_RECORD,
+    RECORDS,
     REQUEST,
     RESULTS,
     STORAGE_VARIABLE,
@@ -72,7 +73,8 @@ def add(storage: Storage, run: Manifest, ended: Outcome | None = None) -> Storag
     folder.write(f"{INPUTS}/file", b"input")
     if ended is not None:
         folder.write(f"{RESULTS}/rank-0", b"value")
-        folder.write(OUTCOME_RECORD, b"record")
+        folder.write(f"{RECORDS}/00.pkl", b"record")
+        folder.write(OLD_RECORD, b"record of another version")
         folder.write(DRIVER_LOG, b"log")
         folder.write(OUTCOME, ended.to_json())
     return folder
