@@ -14,7 +14,7 @@ import io
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +96,17 @@ class Tail:
             self._pending = ""
         if not lines:
             return
-        whole = "\n".join(lines) + "\n"
+        whole = "".join(f"{piece}\n" for line in lines for piece in _pieces(line))
         for taker in self._takers:
             # A full disk, most likely, where nobody could be told. The others are not to suffer.
             with contextlib.suppress(OSError):
                 taker(whole)
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """A line as lines that whoever takes them can hold in memory."""
+    for start in range(0, max(len(line), 1), _LONGEST_LINE):
+        yield line[start : start + _LONGEST_LINE]
 
 
 def _give_back(descriptor: int, start: int, length: int) -> None:

@@ -6,12 +6,15 @@ variables. What it raises becomes ours.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,7 +107,7 @@ def run_node(
     _limit_threads(plan)
     before = set(multiprocessing.active_children())
     try:
-        with inheritance_kept():
+        with inheritance_kept(), _handlers_kept():
             returned: dict[int, T] = elastic_launch(config=config, entrypoint=entrypoint)(*args)
     except ChildFailedError as error:
         raise _worker_error(error) from error
@@ -119,6 +122,22 @@ def run_node(
     except RendezvousError as error:
         raise LaunchError(_no_rendezvous(plan, config, error), time.time()) from error
     return returned
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """torch leaves handlers of its own, which raise an Exception: a script that goes on may take it for an error."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                # None: one that was not set from Python.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _limit_threads(plan: LaunchPlan) -> None:
@@ -136,8 +155,10 @@ def _end(workers: set[BaseProcess]) -> None:
     """Python would wait for them at its own end, for ever."""
     for worker in workers:
         worker.terminate()
+    deadline = time.monotonic() + _GRACE_S
     for worker in workers:
-        worker.join(_GRACE_S)
+        worker.join(max(0.0, deadline - time.monotonic()))
+    for worker in workers:
         worker.kill()
 
 

@@ -163,7 +163,8 @@ class CallOptions:
     """What concerns a call that is made in processes elsewhere.
 
     Args:
-        env: Environment variables of the workers; they win over the task's ``environment`` and the driver's.
+        env: Environment variables of the workers; they win over the task's ``environment`` and the driver's. Not shown
+            by ``repr()``: they may be secrets.
         carried_environment: Shell patterns of the driver's variables that workers get.
         working_dir: Folder that is sent to the cluster so that workers can import the user's modules. ``""``: send
             nothing. None: as the backend says.
@@ -171,7 +172,7 @@ class CallOptions:
         stop_grace_s: Seconds between SIGTERM and SIGKILL when workers are stopped.
     """
 
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict, repr=False)
     carried_environment: tuple[str, ...] = DEFAULT_CARRIED_ENVIRONMENT
     working_dir: str | None = None
     excludes: tuple[str, ...] = DEFAULT_WORKING_DIR_EXCLUDES
@@ -218,7 +219,7 @@ class RayRunOptions(CallOptions):
     logs: str = LOGS[0]
     max_log_bytes: int = DEFAULT_MAX_LOG_BYTES
     log_folder: str | None = None
-    runtime_env: dict[str, Any] | None = None
+    runtime_env: dict[str, Any] | None = field(default=None, repr=False)
 
 
 @dataclass(kw_only=True)

@@ -94,7 +94,7 @@ def launch_function(
     """
     if not is_elastic(config):
         problem = explain(
-            f"elastic={config!r} is no Elastic(...).",
+            f"elastic=... is no Elastic(...) but of the class {type(config).__name__}.",
             "launch() starts ranks as torchrun does, which only an Elastic describes.",
             "Give elastic=Elastic(nnodes=..., nproc_per_node=...).",
         )

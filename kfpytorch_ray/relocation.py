@@ -55,7 +55,8 @@ def relocated(plan: LaunchPlan, storage: Storage, run_id: str, log_archive: str 
     outputs, logs = outputs_of(plan, storage, run_id)
     destination = flyte.checkpoint_dest
     if destination is not None and not _is_remote(destination):
-        destination = f"{storage.prefix}/{CHECKPOINTS}/{plan.run_id}"
+        # Not by the plan's name: every task that is executed locally is "local".
+        destination = f"{storage.prefix}/{CHECKPOINTS}/{run_id}"
     source = flyte.checkpoint_src if flyte.checkpoint_src and _is_remote(flyte.checkpoint_src) else None
     inputs = run_folder(storage, run_id).folder(INPUTS)
     context = FlyteContextManager.current_context()

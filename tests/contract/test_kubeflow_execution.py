@@ -213,7 +213,10 @@ def test_too_few_nodes_are_a_placement_timeout(caplog: pytest.LogCaptureFixture)
 
 
 def test_an_interrupted_agent_is_not_a_success() -> None:
-    """SIGTERM to the process that supervises the workers ends as an interruption, with nothing left running."""
+    """SIGTERM to the process that supervises the workers ends as an interruption, with nothing left running.
+
+    A script that goes on takes the next signal as it did before.
+    """
     code = """
 import os, signal, sys, time
 from kfpytorch_ray import Elastic, LaunchInterruptedError, launch
@@ -222,10 +225,13 @@ def train():
     os.kill(os.getppid(), signal.SIGTERM)
     signal.pause()
 
+signal.signal(signal.SIGINT, lambda *_: None)
+before = {number: signal.getsignal(number) for number in signal.valid_signals()}
 try:
     launch(train, elastic=Elastic(monitor_interval=1, start_method="fork", backend="kubeflow"))
 except LaunchInterruptedError as error:
     print("interrupted", error.retryable, error.timestamp > 0)
+print("handlers as before", {number: signal.getsignal(number) for number in signal.valid_signals()} == before)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -235,4 +241,4 @@ except LaunchInterruptedError as error:
         check=False,
         timeout=120,
     )
-    assert done.stdout.strip() == "interrupted True True", done.stderr
+    assert done.stdout.splitlines() == ["interrupted True True", "handlers as before True"], done.stderr

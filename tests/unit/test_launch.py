@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from flytekit import task
 
-from kfpytorch_ray import BackendUnavailableError, ConfigError, Elastic, PyTorch, WorkerFailedError, launch
+from kfpytorch_ray import BackendUnavailableError, ConfigError, Elastic, PyTorch, RayBackend, WorkerFailedError, launch
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 
 
@@ -69,6 +69,15 @@ def test_only_elastic_jobs_are_launched() -> None:
     """A PyTorch job needs a task."""
     with pytest.raises(ConfigError, match=r"(?s)is no Elastic.*Why:.*Fix:"):
         launch(train, 1, elastic=PyTorch(num_workers=1))  # type: ignore[arg-type]
+
+
+def test_a_secret_among_the_workers_variables_is_not_shown() -> None:
+    """Not where a config is printed, nor where the wrong thing is given for one."""
+    backend = RayBackend(env={"TOKEN": "hidden"}, runtime_env={"env_vars": {"TOKEN": "hidden"}})
+    assert "hidden" not in repr(Elastic(backend=backend))
+    with pytest.raises(ConfigError) as caught:
+        launch(train, 1, elastic=backend)  # type: ignore[arg-type]
+    assert "hidden" not in str(caught.value)
 
 
 def test_an_unknown_backend_is_an_error() -> None:

@@ -54,6 +54,24 @@ def test_a_line_without_an_end_is_not_kept_for_ever(tmp_path: Path) -> None:
     assert "".join(passed_on) == "x" * 100_000 + "y" * 100_000
 
 
+@pytest.mark.parametrize("line", [b"x" * 3_000_000, b"\xff" * 400_000], ids=["long", "not text"])
+def test_a_long_line_stands_in_nobodys_way(line: bytes, tmp_path: Path) -> None:
+    """A page of HTML or a file in base64: it comes in pieces, and what is printed after it comes as well."""
+    (tmp_path / "spool").mkdir()
+    spool, source = OutputSpool(tmp_path / "spool"), OutputSource(tmp_path / "spool")
+    (tmp_path / "out").write_bytes(b"before\n" + line + b"\nafter\n")
+    tail = Tail(str(tmp_path / "out"), [lambda text: spool.write(text, error=False)])
+    tail.pass_on(last=True)
+    source.end()
+    cursor, text = Cursor(), ""
+    while not (chunk := source.read(cursor, 60.0)).ended:
+        cursor, text = chunk.cursor, text + "".join(part for _, part in chunk.texts)
+        assert not chunk.left_out
+    first, *pieces, last = text.splitlines()
+    assert (first, last) == ("before", "after")
+    assert "".join(pieces) == line.decode(errors="replace")
+
+
 def test_what_was_written_last_is_passed_on_when_it_is_finished(tmp_path: Path) -> None:
     """Of all files, also of one that came late; one that never came is not waited for."""
     taken: list[str] = []

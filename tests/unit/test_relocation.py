@@ -22,9 +22,18 @@ def test_local_places_move_into_the_storage(tmp_path: Path) -> None:
     """Outputs and checkpoints of this machine's disk would be another machine's own."""
     local = FlyteContext("/tmp/flyte/raw", "/tmp/flyte/checkpoints", "/tmp/flyte/before", {"A": "b"})
     moved = relocated(plan(local), Storage(f"file://{tmp_path}"), "kfr-one").flyte
-    outputs, checkpoints = f"{tmp_path}/outputs/kfr-one", f"{tmp_path}/checkpoints/launch-1"
+    outputs, checkpoints = f"{tmp_path}/outputs/kfr-one", f"{tmp_path}/checkpoints/kfr-one"
     staged, logs = f"{tmp_path}/runs/kfr-one/inputs", f"{tmp_path}/outputs/kfr-one/logs"
     assert moved == FlyteContext(outputs, checkpoints, None, {"A": "b"}, staged, logs)
+
+
+def test_checkpoints_of_two_runs_do_not_meet(tmp_path: Path) -> None:
+    """Flyte names every task that is executed locally alike; the second would go on where the first has ended."""
+    local = FlyteContext("/tmp/flyte/raw", "/tmp/flyte/checkpoints")
+    storage = Storage(f"file://{tmp_path}")
+    runs = [replace(plan(local), run_id="local") for _ in range(2)]
+    places = {relocated(run, storage, f"kfr-{number}").flyte.checkpoint_dest for number, run in enumerate(runs)}
+    assert len(places) == 2
 
 
 def test_remote_places_stay(tmp_path: Path) -> None:
