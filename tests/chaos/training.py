@@ -211,6 +211,7 @@ def job(
         nnodes=nnodes,
         nproc_per_node=nproc,
         max_restarts=max_restarts,
-        rdzv_configs={"join_timeout": join_timeout_s},
+        # A range begins with all its nodes: one's agent may import for much longer than another's.
+        rdzv_configs={"join_timeout": join_timeout_s, "last_call_timeout": 120},
         backend=backend,
     )

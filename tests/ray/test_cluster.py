@@ -48,7 +48,9 @@ def on(nnodes: int | str, nproc: int = 1, join_timeout: float = 60, **amounts: f
     """A job on the cluster."""
     resources = {"CPU": 1.0, **amounts}
     backend = RayBackend(resources_per_node=resources)
-    return Elastic(nnodes=nnodes, nproc_per_node=nproc, rdzv_configs={"join_timeout": join_timeout}, backend=backend)
+    # One node's agent may import for much longer than the other's.
+    timeouts = {"join_timeout": join_timeout, "last_call_timeout": 120}
+    return Elastic(nnodes=nnodes, nproc_per_node=nproc, rdzv_configs=timeouts, backend=backend)
 
 
 def test_every_node_is_a_ray_node_of_its_own(two_nodes: Cluster) -> None:
@@ -95,7 +97,7 @@ def test_busy_nodes_are_waited_for_and_named_at_the_join_timeout(
     assert holder.wait(30)
     try:
         with pytest.raises(PlacementTimeoutError, match=r"0 of 2 nodes are placed: .* 1 would fit now") as caught:
-            launch(int, elastic=on(2, join_timeout=1))
+            launch(int, elastic=on(2, join_timeout=5))
     finally:
         ray.util.remove_placement_group(holder)
     assert caught.value.retryable
