@@ -145,10 +145,11 @@ def train(
         if misbehave is not None:
             misbehave(rank, step, restarts)
         step += 1
+        # Before the checkpoint: killed in between, the next round makes this step again, and misses none in the notes.
+        note(step=step, asked=False)
         if rank == 0:
             log.checkpoint = step
         kfpytorch_ray.progress(step)
-        note(step=step, asked=False)
         time.sleep(_WORK_S)
     if votes[0]:
         note(step=step, asked=True)
