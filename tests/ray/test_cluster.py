@@ -15,14 +15,16 @@ from ray.cluster_utils import Cluster
 from kfpytorch_ray import Elastic, InfeasibleError, PlacementTimeoutError, RayBackend, launch
 from kfpytorch_ray.cluster import controller
 from kfpytorch_ray.testing import meanwhile, wait_until
+from kfpytorch_ray.testing.starting import start_ray
 
 
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head without CPUs, as KubeRay has it, and two nodes with two GPUs each."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = start_ray(lambda: Cluster(initialize_head=True, head_node_args=head))
     for _ in range(2):
-        cluster.add_node(num_cpus=4, num_gpus=2)
+        start_ray(lambda: cluster.add_node(num_cpus=4, num_gpus=2))
     ray.init(address=cluster.address)
     yield cluster
     ray.shutdown()
