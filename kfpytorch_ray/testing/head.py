@@ -25,14 +25,13 @@ from kfpytorch_ray.testing.janitor import MARK_VARIABLE, end_cluster, janitor
 from kfpytorch_ray.testing.node import Node, raylet_among, raylet_option
 from kfpytorch_ray.testing.processes import descendants
 from kfpytorch_ray.testing.running import running_agents
+from kfpytorch_ray.testing.starting import TRIES
 from kfpytorch_ray.testing.waiting import FaultError, wait_until
 
 _START_TIMEOUT_S = 240.0
 _REQUEST_TIMEOUT_S = 30.0
 _HEAD = "0"
 """Name of its folder."""
-_TRIES = 3
-"""``ray start`` gives a raylet 30 s, which a machine with much else to do may exceed."""
 _STARTED = "Ray runtime started"
 _SERVER = re.compile(r"RAY_API_SERVER_ADDRESS='([^']+)'")
 _NOT_PASSED_ON = ("RAY_", "KFPYTORCH_RAY_", "PYTHONPATH")
@@ -196,7 +195,7 @@ class HeadCluster:
     def _start_node(self) -> _RayStart:
         return self._ray_start(f"--address={self._host}:{self._gcs_port()}", f"--num-cpus={self._cpus}")
 
-    def _ray_start(self, *options: str, tries: int = _TRIES) -> _RayStart:
+    def _ray_start(self, *options: str, tries: int = TRIES) -> _RayStart:
         # Nodes that start in the same folder at the same time take the same name for their sockets, and one fails.
         folder = os.path.join(self._folder, str(len(self._starts)))
         os.mkdir(folder)

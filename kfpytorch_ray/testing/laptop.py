@@ -14,6 +14,7 @@ from typing import Any, final
 from kfpytorch_ray.errors import explain
 from kfpytorch_ray.testing.janitor import MARK_VARIABLE, janitor
 from kfpytorch_ray.testing.node import Node
+from kfpytorch_ray.testing.starting import start_ray
 from kfpytorch_ray.testing.waiting import FaultError, wait_until
 
 _LEAVE_WAIT_S = 60.0
@@ -94,7 +95,7 @@ class LaptopCluster:
         undo.enter_context(laid_over({**ENVIRONMENT, MARK_VARIABLE: self._folder}))
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": self._folder, "env_vars": self._variables}
         # With shutdown_at_exit, Ray's processes would end with the thread that started them, and it would take SIGTERM.
-        self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+        self._cluster = start_ray(lambda: Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False))
         undo.callback(self._cluster.shutdown)
         for _ in range(self._first_nodes):
             self._start_node({})
@@ -159,7 +160,8 @@ class LaptopCluster:
     def _start_node(self, amounts: Mapping[str, Any]) -> Node:
         with self._lock:
             # Joining takes 2-3 s; several do it at a time.
-            started = self._cluster.add_node(wait=False, env_vars=self._variables, **{**self._amounts, **amounts})
+            options = {"wait": False, "env_vars": self._variables, **self._amounts, **amounts}
+            started = start_ray(lambda: self._cluster.add_node(**options))
             raylet = started.all_processes["raylet"][0].process.pid
             node = Node(started.node_id, started.node_ip_address, raylet)
             self._nodes[node] = started

@@ -46,13 +46,15 @@ class Node:
         return found | ({self.raylet} if self.alive else set())
 
     def power_off(self) -> None:
-        """SIGKILL to everything on it, the raylet first, and remove the files of its agents.
+        """SIGKILL to everything on it, and remove the files of its agents.
 
-        They would be gone with a machine, and the process that removes them otherwise is killed as well.
+        They would be gone with a machine, and the process that removes them otherwise is killed as well. A machine
+        does not tell of its own end: those that could are killed first.
         """
         agents = agents_of(self.raylet)
         doomed = self.processes()
-        kill_all([self.raylet, *(doomed - {self.raylet})])
+        first = [self.raylet, *(agent.pid for agent in agents)]
+        kill_all([*first, *doomed.difference(first)])
 
         def gone() -> bool:
             # What was started while the others were killed.

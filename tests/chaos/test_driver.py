@@ -78,7 +78,7 @@ def test_driver_is_killed(whole: LaptopCluster, log: Log, chance: random.Random)
 @pytest.mark.row("the driver stands still")
 def test_driver_is_stopped_for_a_while(whole: LaptopCluster, log: Log) -> None:
     """Its agents end without it; it goes on with new ones, and blames no node."""
-    with driver(whole, log, silence_timeout_s=4.0, max_node_failures=0) as process:
+    with driver(whole, log, silence_timeout_s=12.0, max_node_failures=0) as process:
         wait_until(lambda: log.trained(rounds=1, world_size=4), "a round of four ranks")
         process.send_signal(signal.SIGSTOP)
         wait_until(lambda: not running_agents(whole.address), "the end of the agents")

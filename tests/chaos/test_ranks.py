@@ -90,7 +90,7 @@ def test_rank_hangs(log: Log) -> None:
     """The error quotes the stacks of all ranks, which name the function where one hangs."""
     hang = training.wait_for_a_lock_that_nobody_releases
     with pytest.raises(WorkerHungError, match=hang.__name__) as caught:
-        launch(train, log, misbehave=hang, elastic=job(2, hang_timeout_s=3))
+        launch(train, log, misbehave=hang, elastic=job(2, hang_timeout_s=15))
     (record,) = caught.value.rounds
     assert record.ending is Ending.HUNG
     assert [rank.outcome for rank in record.ranks] == [Outcome.HUNG] * 2

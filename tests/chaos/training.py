@@ -145,10 +145,11 @@ def train(
         if misbehave is not None:
             misbehave(rank, step, restarts)
         step += 1
+        # Before the checkpoint: killed in between, the next round makes this step again, and misses none in the notes.
+        note(step=step, asked=False)
         if rank == 0:
             log.checkpoint = step
         kfpytorch_ray.progress(step)
-        note(step=step, asked=False)
         time.sleep(_WORK_S)
     if votes[0]:
         note(step=step, asked=True)
@@ -212,6 +213,7 @@ def job(
         nnodes=nnodes,
         nproc_per_node=nproc,
         max_restarts=max_restarts,
-        rdzv_configs={"join_timeout": join_timeout_s},
+        # A range begins with all its nodes: one's agent may import for much longer than another's.
+        rdzv_configs={"join_timeout": join_timeout_s, "last_call_timeout": 120},
         backend=backend,
     )

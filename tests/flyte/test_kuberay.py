@@ -22,7 +22,7 @@ from flytekit.tools.fast_registration import FastPackageOptions, fast_package
 from in_image import on_ray
 from propeller import Attempt
 from ray.job_submission import JobStatus, JobSubmissionClient
-from ray_jobs import ended, run_submitter, submitted, succeeded
+from ray_jobs import DEADLINE_S, ended, run_submitter, submitted, succeeded
 from reported import assert_reported
 
 from kfpytorch_ray.images import settings_for
@@ -181,7 +181,7 @@ def test_a_cancelled_job_stops_its_workers_in_order(
     one = attempt(flow.train_for_ever, settings)
     one.write_inputs(folder=str(tmp_path), goodbye_s=4.0)
     identifier = submitted(head, one)
-    wait_until(lambda: len(list(tmp_path.glob("began-*"))) == 2, "both ranks to train")
+    wait_until(lambda: len(list(tmp_path.glob("began-*"))) == 2, "both ranks to train", DEADLINE_S)
     JobSubmissionClient(head.address).stop_job(identifier)
     details = ended(head, identifier)
     assert details.status == JobStatus.STOPPED

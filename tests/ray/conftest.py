@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
+
+from kfpytorch_ray.testing.starting import start_ray
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +23,8 @@ def local_ray() -> Iterator[None]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
-    ray.init(address="local", num_cpus=8, include_dashboard=False, _temp_dir=folder)
+    start = partial(ray.init, address="local", num_cpus=8, include_dashboard=False, _temp_dir=folder)
+    start_ray(start, undo=ray.shutdown)
     yield
     assert [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"] == []
     ray.shutdown()

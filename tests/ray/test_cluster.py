@@ -15,14 +15,16 @@ from ray.cluster_utils import Cluster
 from kfpytorch_ray import Elastic, InfeasibleError, PlacementTimeoutError, RayBackend, launch
 from kfpytorch_ray.cluster import controller
 from kfpytorch_ray.testing import meanwhile, wait_until
+from kfpytorch_ray.testing.starting import start_ray
 
 
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head without CPUs, as KubeRay has it, and two nodes with two GPUs each."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = start_ray(lambda: Cluster(initialize_head=True, head_node_args=head))
     for _ in range(2):
-        cluster.add_node(num_cpus=4, num_gpus=2)
+        start_ray(lambda: cluster.add_node(num_cpus=4, num_gpus=2))
     ray.init(address=cluster.address)
     yield cluster
     ray.shutdown()
@@ -48,7 +50,9 @@ def on(nnodes: int | str, nproc: int = 1, join_timeout: float = 60, **amounts: f
     """A job on the cluster."""
     resources = {"CPU": 1.0, **amounts}
     backend = RayBackend(resources_per_node=resources)
-    return Elastic(nnodes=nnodes, nproc_per_node=nproc, rdzv_configs={"join_timeout": join_timeout}, backend=backend)
+    # One node's agent may import for much longer than the other's.
+    timeouts = {"join_timeout": join_timeout, "last_call_timeout": 120}
+    return Elastic(nnodes=nnodes, nproc_per_node=nproc, rdzv_configs=timeouts, backend=backend)
 
 
 def test_every_node_is_a_ray_node_of_its_own(two_nodes: Cluster) -> None:
@@ -95,7 +99,7 @@ def test_busy_nodes_are_waited_for_and_named_at_the_join_timeout(
     assert holder.wait(30)
     try:
         with pytest.raises(PlacementTimeoutError, match=r"0 of 2 nodes are placed: .* 1 would fit now") as caught:
-            launch(int, elastic=on(2, join_timeout=1))
+            launch(int, elastic=on(2, join_timeout=5))
     finally:
         ray.util.remove_placement_group(holder)
     assert caught.value.retryable

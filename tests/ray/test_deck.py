@@ -18,8 +18,8 @@ from kfpytorch_ray.report.data import Activity, Metric, ReportedRound, RunReport
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 CONFIG = Elastic(nnodes=2, nproc_per_node=2, max_restarts=1, backend=RayBackend(decks="all", stop_grace_s=0.5))
-BUSY_S = 1.0
-"""Longer than the first decks are left alone, and than several samples take."""
+BUSY_S = 3.0
+"""Longer than the first decks are left alone, and than several samples take, also by an agent that stood still."""
 
 
 def train(recovers: bool) -> tuple[float, float]:

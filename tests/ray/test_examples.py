@@ -100,9 +100,12 @@ def past_epoch(epoch: int, example: subprocess.Popen[str]) -> list[RunningRank]:
 
 
 def test_elastic_digits_go_on_after_the_kill(short_folder: str) -> None:
-    """Rank 1 is killed at epoch 15; the second round begins there, ends accurate, and the deck shows both rounds."""
+    """Rank 1 is killed at epoch 15; the second round begins there, ends accurate, and the deck shows both rounds.
+
+    Or one epoch earlier, where rank 0 had not written the checkpoint yet.
+    """
     output = run("elastic_digits.py", TMPDIR=short_folder)
-    assert re.search(r"resumed from epoch 15 on 2 ranks$", output, re.MULTILINE), output
+    assert re.search(r"resumed from epoch 1[45] on 2 ranks$", output, re.MULTILINE), output
     assert re.search(r"^round 0: .*rank 1 killed$", output, re.MULTILINE), output
     assert "round 1: rank 0 succeeded, rank 1 succeeded" in output
     assert accuracy_in(output) >= 0.93

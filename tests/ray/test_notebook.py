@@ -21,7 +21,8 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
-from kfpytorch_ray.testing import running_agents, running_ranks
+from kfpytorch_ray.testing import RunningAgent, RunningRank, running_agents, running_ranks
+from kfpytorch_ray.testing.processes import parent
 
 SET_UP = """
 import os, time
@@ -115,6 +116,16 @@ class Notebook:
         """As the button does."""
         self._client.km.interrupt_kernel()
 
+    def agents(self) -> list[RunningAgent]:
+        """Those on the Ray that its kernel has started; this machine may have others."""
+        kernel = self._client.km.provisioner.pid
+        return [agent for agent in running_agents() if parent(agent.raylet) == kernel]
+
+    def ranks(self) -> list[RunningRank]:
+        """Those of its agents."""
+        kernel = self._client.km.provisioner.pid
+        return [rank for rank in running_ranks() if parent(rank.agent.raylet) == kernel]
+
 
 @pytest.fixture(scope="module")
 def notebook(temporary_folder: str) -> Iterator[Notebook]:
@@ -166,13 +177,13 @@ def test_interrupting_a_cell_stops_its_run(
     with ThreadPoolExecutor(1) as person:
         running = person.submit(notebook.run, FOREVER)
         try:
-            eventually(lambda: len(running_ranks()) == 2 or running.done(), "two ranks")
+            eventually(lambda: len(notebook.ranks()) == 2 or running.done(), "two ranks")
         finally:
             notebook.interrupt()
         cell = running.result()
     assert cell.raised == "KeyboardInterrupt", cell
     assert "stopped" in cell.text("stderr")
-    eventually(lambda: not running_ranks() and not running_agents(), "the end of its ranks and agents")
+    eventually(lambda: not notebook.ranks() and not notebook.agents(), "the end of its ranks and agents")
     again = notebook.run(FAIL)
     assert again.raised is None
     assert "ArithmeticError on rank " in again.text("stdout")

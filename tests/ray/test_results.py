@@ -6,12 +6,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import ray
 import torch
 
 from kfpytorch_ray import Elastic, RayBackend, launch
+from kfpytorch_ray.testing.starting import start_ray
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -23,13 +25,15 @@ STORE_BYTES = 80 * MIB
 def small_store() -> Iterator[None]:
     """A Ray whose object store holds one of the results below, and no more."""
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
-    ray.init(
+    start = partial(
+        ray.init,
         address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=STORE_BYTES,
         _temp_dir=folder,
     )
+    start_ray(start, undo=ray.shutdown)
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

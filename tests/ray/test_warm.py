@@ -30,7 +30,7 @@ def given_back() -> Iterator[None]:
     """What a test has kept is given back after it."""
     yield
     warm.release_all()
-    wait_until(lambda: not running_agents(), "all agents to end")
+    wait_until(lambda: not running_agents() and free_cpus() == 8, "all agents to end")
 
 
 def launched(
@@ -156,10 +156,10 @@ def test_another_shape_has_agents_of_its_own() -> None:
     first = agents()
     other = launched(lambda: os.environ.get("OTHER"), nnodes=1, env={"OTHER": "x"})
     assert other[0].return_value == "x"
-    assert not agents() & first
+    wait_until(lambda: not agents() & first, "the agents of before to end")
     # Eight CPUs: four workers on each of two nodes need all of them.
     assert launched(rank, nproc_per_node=4)[7].return_value == 7
-    assert free_cpus() == 0
+    wait_until(lambda: free_cpus() == 0, "all CPUs to be seen in use")
 
 
 def test_the_time_is_up() -> None:
@@ -172,14 +172,14 @@ def test_somebody_waits_for_the_nodes() -> None:
     """Tasks, actors and placement groups alike; one that the nodes could never hold is no reason."""
     impossible = ray.util.placement_group([{"CPU": 64.0}])
     launched(rank, nproc_per_node=3)
-    assert free_cpus() == 2
+    wait_until(lambda: free_cpus() == 2, "six CPUs to be seen in use")
     first = agents()
     assert launched(rank, nproc_per_node=3)[5].return_value == 5
     assert agents() == first
 
     task = ray.remote(num_cpus=4)(lambda: "done").remote()
     assert ray.get(task, timeout=120) == "done"
-    assert not agents()
+    wait_until(lambda: not agents(), "the agents to end")
     ray.util.remove_placement_group(impossible)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, PAGE_VARIABLE, HeartbeatPage
 from kfpytorch_ray.testing import (
@@ -33,6 +34,7 @@ from kfpytorch_ray.testing import (
 )
 from kfpytorch_ray.testing.janitor import MARK_VARIABLE as CLUSTER_MARK
 from kfpytorch_ray.testing.processes import descendants, is_running, is_stopped
+from kfpytorch_ray.testing.starting import TRIES, start_ray
 
 ADDRESS = "203.0.113.7:6379"
 """Of a cluster that no other process on this machine belongs to."""
@@ -276,3 +278,34 @@ with janitor(sys.argv[1]):
     wait_until(lambda: not folder.exists(), "the janitor")
     assert not is_running(member)
     assert not is_running(below)
+
+
+def test_ray_is_started_again_and_what_was_begun_is_killed() -> None:
+    """A start that fails leaves nothing of Ray's behind; what else this process has started goes on."""
+    name_a_file_of_rays = f"{Path(ray.__file__).parent}/raylet"
+    begun: list[subprocess.Popen[bytes]] = []
+    undone: list[int] = []
+
+    def start() -> str:
+        begun.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", name_a_file_of_rays]))
+        begun.append(subprocess.Popen(["sleep", "600"]))
+        if len(undone) < failures:
+            raise RuntimeError("timed out during startup")
+        return "started"
+
+    try:
+        failures = TRIES - 1
+        assert start_ray(start, lambda: undone.append(len(begun))) == "started"
+        assert undone == [2, 4]
+        assert [process.poll() is None for process in begun[1::2]] == [True] * TRIES
+        assert [process.wait(60) for process in begun[0:-2:2]] == [-signal.SIGKILL] * failures
+        assert begun[-2].poll() is None
+        failures = 3 * TRIES
+        with pytest.raises(RuntimeError, match="during startup"):
+            start_ray(start, lambda: undone.append(len(begun)))
+        assert len(undone) == 2 * TRIES - 1
+        assert begun[-2].wait(60) == -signal.SIGKILL
+    finally:
+        for process in begun:
+            process.kill()
+            process.wait()
