@@ -3,14 +3,21 @@
 A ``FlyteFile`` or ``FlyteDirectory`` is a path until flytekit uploads it, which it does in the task's own process. To a
 worker on a cluster a path of this machine means nothing, nor does rank 0's to the driver. So who has the file uploads
 it, to where flytekit would.
+
+Files that are remote are downloaded when they are opened, to a path that was chosen before the value was pickled: all
+ranks of a node have the same.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flytekit import FlyteDirectory, FlyteFile
@@ -78,11 +85,56 @@ class _FolderDownload:
     local: str
 
     def __call__(self) -> None:
-        # Several ranks of a node may do so at the same time.
-        partial = f"{self.local}.{uuid.uuid4().hex}"
-        os.makedirs(os.path.dirname(self.local), exist_ok=True)
-        FlyteContextManager.current_context().file_access.get_data(self.remote, partial, is_multipart=True)
-        try:
-            os.rename(partial, self.local)
-        except OSError:
-            shutil.rmtree(partial)
+        get_data = FlyteContextManager.current_context().file_access.get_data
+        _get_whole(get_data, self.remote, self.local, is_multipart=True)
+
+
+@contextlib.contextmanager
+def whole_downloads() -> Iterator[None]:
+    """Under the Flyte context of now, have files and folders appear when they are whole.
+
+    flytekit writes to the path itself: of two ranks that open one file, the second would cut it off beneath the first.
+    """
+    context = FlyteContextManager.current_context()
+    access = copy.copy(context.file_access)
+    access.get_data = partial(_get_whole, context.file_access.get_data)
+    with FlyteContextManager.with_context(context.with_file_access(access)):
+        yield
+
+
+def _get_whole(
+    get_data: Callable[..., Any], remote_path: str, local_path: str, is_multipart: bool = False, **kwargs: Any
+) -> None:
+    partial_path = f"{local_path}.{uuid.uuid4().hex}"
+    os.makedirs(os.path.dirname(os.path.abspath(local_path)), exist_ok=True)
+    get_data(remote_path, partial_path, is_multipart=is_multipart, **kwargs)
+    if not is_multipart:
+        os.replace(partial_path, local_path)
+        return
+    try:
+        # An empty folder may be there already.
+        os.rename(partial_path, local_path)
+    except OSError:
+        # Another rank was faster.
+        shutil.rmtree(partial_path)
+
+
+def forget_downloads(value: Any) -> None:
+    """Have files and folders that another machine has downloaded be downloaded here.
+
+    Looks where ``upload_files`` does.
+    """
+    match value:
+        case FlyteFile() | FlyteDirectory():
+            if value.remote_source is not None and value._downloaded and not os.path.exists(_local_path(value)):
+                value._downloaded = False
+        case tuple() | list():
+            for item in value:
+                forget_downloads(item)
+        case dict():
+            for item in value.values():
+                forget_downloads(item)
+
+
+def _local_path(value: FlyteFile | FlyteDirectory) -> str:
+    return str(getattr(value, "_local_path", value.path))

@@ -21,6 +21,7 @@ from flytekit.core.context_manager import FlyteContextManager
 from flytekit.exceptions.user import FlyteRecoverableException
 
 from kfpytorch_ray.checkpoint import WorkerCheckpoint
+from kfpytorch_ray.flyte_files import whole_downloads
 from kfpytorch_ray.plan import FlyteContext
 from kfpytorch_ray.results import ElasticWorkerResult
 
@@ -99,7 +100,8 @@ def run_in_current_context(call: Callable[[], Any]) -> ElasticWorkerResult:
     ``sys.exit(0)`` counts as returning None.
     """
     try:
-        value = call()
+        with whole_downloads():
+            value = call()
     except SystemExit as exit_request:
         if exit_request.code not in (0, None):
             raise

@@ -19,6 +19,7 @@ from typing import Any
 import cloudpickle
 
 from kfpytorch_ray.errors import PayloadError, ResultError, explain
+from kfpytorch_ray.flyte_files import forget_downloads
 from kfpytorch_ray.results import ElasticWorkerResult
 
 PICKLE_PROTOCOL = 5
@@ -39,8 +40,9 @@ def dump_payload(function: Callable[..., Any], args: tuple[Any, ...] = (), kwarg
 
 
 def load_payload(data: bytes) -> Callable[[], Any]:
-    """The call that ``dump_payload`` pickled, ready to be made."""
-    call: Callable[[], Any] = cloudpickle.loads(data)
+    """The call that ``dump_payload`` pickled, ready to be made, also where its files were opened before elsewhere."""
+    call: functools.partial[Any] = cloudpickle.loads(data)
+    forget_downloads((call.args, call.keywords))
     return call
 
 

@@ -12,7 +12,8 @@ import pytest
 from flytekit import FlyteContextManager, FlyteDirectory, FlyteFile
 from flytekit.core.data_persistence import FileAccessProvider
 
-from kfpytorch_ray.flyte_files import upload_files
+from kfpytorch_ray.flyte_files import upload_files, whole_downloads
+from kfpytorch_ray.payload import dump_payload, load_payload
 
 
 class Trained(NamedTuple):
@@ -83,3 +84,53 @@ def test_what_was_staged_is_uploaded_again(store: str, tmp_path: Path) -> None:
     assert Path(file.download()).read_text() == Path(folder.download(), "a.txt").read_text() == "text"
     assert len({str(one.remote_source) for one in (*arrived, file, folder)}) == 4
     assert kept is other
+
+
+def test_ranks_that_open_one_file_do_not_cut_it_off(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks of a node have the same path; while one downloads, what another reads there is whole."""
+    with fsspec.open(f"{store}/data", "w") as file:
+        file.write("all of it")
+    one = FlyteFile(f"{store}/data")
+    other = pickle.loads(pickle.dumps(one))
+    seen = []
+
+    def slow(self: FileAccessProvider, remote: str, local: str, **_: object) -> None:
+        with open(local, "w") as target:
+            target.write("all ")
+            target.flush()
+            path = Path(one._local_path)
+            seen.append(path.read_text() if path.exists() else None)
+            target.write("of it")
+
+    monkeypatch.setattr(FileAccessProvider, "get_data", slow)
+    with whole_downloads():
+        assert [Path(rank).read_text() for rank in (one, other)] == ["all of it"] * 2
+    assert seen == [None, "all of it"]
+    assert [path.name for path in Path(one._local_path).parent.iterdir()] == [Path(one._local_path).name]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_folders_and_files_are_downloaded_whole(kind: str, store: str) -> None:
+    """Through flytekit itself; a folder may be there already, from another rank."""
+    with fsspec.open(f"{store}/data/a.txt", "w") as file:
+        file.write("line")
+    made = FlyteFile(f"{store}/data/a.txt") if kind == "file" else FlyteDirectory.from_source(f"{store}/data")
+    other = pickle.loads(pickle.dumps(made))
+    with whole_downloads():
+        for value in (made, other):
+            path = Path(value)
+            assert (path if kind == "file" else path / "a.txt").read_text() == "line"
+
+
+def test_a_file_that_was_opened_elsewhere_is_downloaded_here(store: str) -> None:
+    """The driver may have looked into it before it launched; its copy is on its own machine."""
+    with fsspec.open(f"{store}/data", "w") as file:
+        file.write("content")
+    value = FlyteFile(f"{store}/data")
+    copy = Path(value)
+    assert copy.read_text() == "content"
+    payload = dump_payload(lambda given: Path(given["file"]).read_text(), ({"file": value},))
+    copy.unlink()
+    assert load_payload(payload)() == "content"
