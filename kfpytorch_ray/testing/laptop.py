@@ -101,7 +101,9 @@ class LaptopCluster:
             self._start_node({})
         ray.init(address=self.address)
         undo.callback(ray.shutdown)
-        wait_until(lambda: _living() >= {node.node_id for node in self._nodes}, "all nodes to join")
+        # And no others: Ray may still count one that was late, and was killed for it.
+        expected = {self._cluster.head_node.node_id, *(node.node_id for node in self._nodes)}
+        wait_until(lambda: _living() == expected, "all nodes to join")
 
     def __exit__(self, *_error: object) -> None:
         self._nodes.clear()
