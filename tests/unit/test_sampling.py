@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -108,9 +109,9 @@ def test_each_ranks_processes_are_looked_at(page: HeartbeatPage, processes: list
     idle = [sample for rank, sample in seen if rank == 5]
     assert {sample.round_index for _, sample in seen} == {0}
     assert [sample.at for sample in busy] == sorted(sample.at for sample in busy)
-    # What was used before the sample before does not count again: all of them together have not seen more than there is.
-    times = zip(busy, busy[1:], strict=False)
-    assert sum(after.cpu_percent / 100 * (after.at - before.at) for before, after in times) < used_s + 0.1
+    # What was used before the sample before does not count again: together they have not seen more than there was.
+    pairs = itertools.pairwise(busy)
+    assert sum(after.cpu_percent / 100 * (after.at - before.at) for before, after in pairs) < used_s + 0.1
     assert max(sample.memory_bytes for sample in idle) < 100 * MIB
     assert idle[-1].cpu_percent < 10
     assert {(sample.gpu_percent, sample.gpu_memory_bytes) for sample in busy} == {(10.0, MIB)}
