@@ -46,12 +46,6 @@ def work(gate):
 """
 
 
-@pytest.fixture
-def storage(known_storage: str) -> str:
-    """Of all tests here; test_clusters.py and test_storages.py have new ones."""
-    return known_storage
-
-
 class Laptop:
     """A user's script that follows a run."""
 

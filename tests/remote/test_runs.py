@@ -53,12 +53,6 @@ class OddError(ValueError):
 
 
 @pytest.fixture
-def storage(known_storage: str) -> str:
-    """Of all tests here; test_clusters.py and test_storages.py have new ones."""
-    return known_storage
-
-
-@pytest.fixture
 def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A user's module with an exception that has a field, in a folder that is sent."""
     folder = tmp_path / "project"

@@ -154,7 +154,7 @@ def most_memory(status: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def test_a_large_result_is_in_memory_once(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+def test_a_large_result_is_in_memory_once(head: HeadCluster, new_storage: str, tmp_path: Path) -> None:
     """A gibibyte: on the head, where it comes from the object store, and here, where it comes from a file."""
     if reason := lacking(tmp_path):
         pytest.skip(reason)
@@ -164,13 +164,13 @@ def test_a_large_result_is_in_memory_once(head: HeadCluster, storage: str, tmp_p
     def has_ended() -> bool:
         # What is known of a process is gone with it, so it is asked again and again.
         for process in all_processes():
-            if command(process).startswith(f"python -m {driver.__name__} {storage}"):
+            if command(process).startswith(f"python -m {driver.__name__} {new_storage}"):
                 with contextlib.suppress(OSError):
                     status = Path(f"/proc/{process}/status").read_text()
                     drivers[process] = max(drivers.get(process, 0), most_memory(status))
         return script.poll() is not None
 
-    arguments = [sys.executable, str(tmp_path / "script.py"), head.address, storage, str(SIZE_BYTES)]
+    arguments = [sys.executable, str(tmp_path / "script.py"), head.address, new_storage, str(SIZE_BYTES)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as script:
         try:
             wait_until(has_ended, "the script to end", 240)
