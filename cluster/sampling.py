@@ -187,7 +187,7 @@ class Sampler:
                     worker = workers[local_rank] = _Worker(psutil.Process(beat.pid))
                 if (used := worker.use(children)) is not None:
                     gpu = (None, None) if self.gpus is None else self.gpus.use(local_rank)
-                    self._unsent.append((beat.rank, Sample(round_index, time.time(), *used, *gpu)))
+                    self._unsent.append((beat.rank, Sample(round_index, *used, *gpu)))
         return True
 
 
@@ -205,12 +205,13 @@ class _Worker:
     spent: dict[Process, float] = field(default_factory=dict)
     looked_at: float | None = None
 
-    def use(self, children: Mapping[int, list[Process]]) -> tuple[float, int] | None:
-        """CPU in per cent of a core since the last look, and resident memory; None where the worker has ended."""
+    def use(self, children: Mapping[int, list[Process]]) -> tuple[float, float, int] | None:
+        """When, CPU in per cent of a core since the last look, and resident memory; None where the worker has ended."""
         import psutil
 
         if not self.process.is_running() or self.process.status() == psutil.STATUS_ZOMBIE:
             return None
+        # Before all that is read: a worker may end meanwhile, and what is told of it lies before its end.
         now = time.time()
         since = self.process.create_time() if self.looked_at is None else self.looked_at
         spent: dict[Process, float] = {}
@@ -227,7 +228,7 @@ class _Worker:
             return None
         seconds = sum(max(0.0, total - self.spent.get(member, 0.0)) for member, total in spent.items())
         self.spent, self.looked_at = spent, now
-        return round(100 * seconds / max(now - since, 0.01), 1), resident
+        return now, round(100 * seconds / max(now - since, 0.01), 1), resident
 
 
 def _processor() -> str:

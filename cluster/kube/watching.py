@@ -137,6 +137,8 @@ class _Kept(threading.Thread):
                 self._items, version = self._collection.list()
                 self._follow(version)
             except AuthenticationError as error:
+                # First, for whoever has read the line counts on being answered by the server.
+                self._items = None
                 logger.info("No watch, so the API server is asked again and again: %s", error)
                 return
             except ExpiredError:

@@ -59,12 +59,6 @@ def far_head(laptop: Laptop, package: dict[str, str]) -> Iterator[HeadCluster]:
         yield started
 
 
-@pytest.fixture
-def storage(tmp_path: Path) -> str:
-    """A folder that this process and the cluster share, as a URI; it is not there yet."""
-    return (tmp_path / "storage").as_uri()
-
-
 @pytest.fixture(scope="session")
 def known_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the storage is that clusters are not asked about again."""
@@ -72,14 +66,23 @@ def known_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def known_storage(known_folder: Path) -> str:
-    """As ``storage``, but for what clusters have answered about it: only the first launch on each has to ask."""
+def storage(known_folder: Path) -> str:
+    """A folder that this process and clusters share, as a URI, with nothing but what these have answered about it.
+
+    Only the first launch on each has to ask.
+    """
     # Before a test and not after it: its jobs may write until they have ended.
     storage = known_folder / "storage"
     for left in (*known_folder.iterdir(), *storage.glob("*")):
         if left not in (storage, storage / CLUSTERS):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     return storage.as_uri()
+
+
+@pytest.fixture
+def new_storage(tmp_path: Path) -> str:
+    """One about which no cluster was asked; it is not there yet."""
+    return (tmp_path / "storage").as_uri()
 
 
 @pytest.fixture(autouse=True)

@@ -90,12 +90,6 @@ class Shell:
 
 
 @pytest.fixture
-def storage(known_storage: str) -> str:
-    """Of all tests here; test_clusters.py and test_storages.py have new ones."""
-    return known_storage
-
-
-@pytest.fixture
 def shell(tmp_path: Path, storage: str) -> Shell:
     """In a project whose function is in a sub-folder, beside what it imports."""
     for folder, name in (("project", "the wrong one"), ("project/jobs", "the right one")):

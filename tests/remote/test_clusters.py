@@ -63,15 +63,15 @@ def other_package(tmp_path: Path) -> Path:
     return folder
 
 
-def test_our_package_is_missing_there(head: HeadCluster, storage: str, other_package: Path) -> None:
+def test_our_package_is_missing_there(head: HeadCluster, new_storage: str, other_package: Path) -> None:
     """The error says so, and how to bring it there; nothing was staged. Who follows its advice has a result."""
     (other_package / "kfpytorch_ray.py").write_text("raise ModuleNotFoundError(\"No module named 'kfpytorch_ray'\")")
     runtime_env = {"env_vars": {"PYTHONPATH": str(other_package)}}
-    backend = RayBackend(address=head.address, storage=storage, working_dir="", runtime_env=runtime_env)
+    backend = RayBackend(address=head.address, storage=new_storage, working_dir="", runtime_env=runtime_env)
     with pytest.raises(VersionMismatchError, match="py_modules") as caught:
         launch(answer, elastic=Elastic(backend=backend))
     assert head.address in str(caught.value)
-    assert runs_in(storage) == []
+    assert runs_in(new_storage) == []
     fix = re.search(r"send it: (RayBackend\(.*?\))[,.]", str(caught.value))
     assert fix is not None
     advised = eval(fix[1]).runtime_env  # what a reader would type
@@ -79,7 +79,7 @@ def test_our_package_is_missing_there(head: HeadCluster, storage: str, other_pac
     assert launch(lambda: 42, elastic=Elastic(backend=backend))[0].return_value == 42
 
 
-def test_another_protocol_is_spoken_there(head: HeadCluster, storage: str, other_package: Path) -> None:
+def test_another_protocol_is_spoken_there(head: HeadCluster, new_storage: str, other_package: Path) -> None:
     """Both sides are named; what the cluster answered is asked again after it was mended, in the same session."""
     package = Path(kfpytorch_ray.__file__).parent
     shutil.copytree(package, other_package / package.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -87,10 +87,10 @@ def test_another_protocol_is_spoken_there(head: HeadCluster, storage: str, other
     ours = module.read_text()
     module.write_text(ours.replace(f"PROTOCOL = {versions.PROTOCOL}", "PROTOCOL = 999"))
     runtime_env = {"env_vars": {"PYTHONPATH": str(other_package)}}
-    backend = RayBackend(address=head.address, storage=storage, working_dir="", runtime_env=runtime_env)
+    backend = RayBackend(address=head.address, storage=new_storage, working_dir="", runtime_env=runtime_env)
     with pytest.raises(VersionMismatchError, match="999"):
         launch(answer, elastic=Elastic(backend=backend))
-    assert runs_in(storage) == []
+    assert runs_in(new_storage) == []
     module.write_text(ours)
     assert launch(lambda: 42, elastic=Elastic(backend=backend))[0].return_value == 42
 
@@ -102,27 +102,29 @@ def test_storage_that_the_cluster_does_not_reach(head: HeadCluster) -> None:
         launch(answer, elastic=Elastic(backend=backend))
 
 
-def test_a_working_directory_that_cannot_be_sent(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+def test_a_working_directory_that_cannot_be_sent(head: HeadCluster, new_storage: str, tmp_path: Path) -> None:
     """Too large, or with broken links: refused before the cluster is asked, with what to leave out."""
     project = tmp_path / "project"
     project.mkdir()
     (project / "weights.bin").write_bytes(os.urandom(200_000))
-    backend = RayBackend(address=head.address, storage=storage, working_dir=str(project), max_working_dir_bytes=100_000)
+    backend = RayBackend(
+        address=head.address, storage=new_storage, working_dir=str(project), max_working_dir_bytes=100_000
+    )
     with pytest.raises(WorkingDirError, match=r"weights\.bin"):
         launch(answer, elastic=Elastic(backend=backend))
     (project / "weights.bin").unlink()
     (project / "data").symlink_to(tmp_path / "nowhere")
     with pytest.raises(WorkingDirError, match="data"):
         launch(answer, elastic=Elastic(backend=backend))
-    assert runs_in(storage) == []
+    assert runs_in(new_storage) == []
 
 
-def test_addresses_of_another_kind(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+def test_addresses_of_another_kind(head: HeadCluster, new_storage: str, tmp_path: Path) -> None:
     """The job API's port without a scheme, the GCS's with one, Ray Client, https and http swapped, and nobody."""
     job_port, (_, context) = head.address.removeprefix("http://"), certificates(tmp_path)
 
     def refused(address: str, error: type[Exception], words: str) -> None:
-        backend = RayBackend(address=address, storage=storage, working_dir="")
+        backend = RayBackend(address=address, storage=new_storage, working_dir="")
         with pytest.raises(error, match=words):
             launch(answer, elastic=Elastic(backend=backend))
 
@@ -133,7 +135,7 @@ def test_addresses_of_another_kind(head: HeadCluster, storage: str, tmp_path: Pa
     refused(f"https://{job_port}", ClusterUnreachableError, "https:// was asked where http:// is served")
     with served_by_tls(head, context) as relay:
         refused(f"http://{relay.address}", ClusterUnreachableError, r"(?s)where https:// is served.*Fix: .*https://")
-    assert not Path(storage.removeprefix("file://")).exists()
+    assert not Path(new_storage.removeprefix("file://")).exists()
 
 
 def certificates(folder: Path) -> tuple[str, ssl.SSLContext]:
@@ -173,7 +175,7 @@ except KfpytorchRayError as error:
 """
 
 
-def test_token_and_certificate(package: dict[str, str], storage: str, tmp_path: Path) -> None:
+def test_token_and_certificate(package: dict[str, str], new_storage: str, tmp_path: Path) -> None:
     """Behind TLS with a certificate of one's own and with Ray's token a launch works; without either it says which.
 
     The working directory and the log go the same way. Nowhere is a token shown, be it the right one or a wrong one.
@@ -188,7 +190,7 @@ def test_token_and_certificate(package: dict[str, str], storage: str, tmp_path: 
     ):
 
         def said(verify: str, run_id: str = "", **variables: str) -> str:
-            command = [sys.executable, "-c", WITH_A_TOKEN, relay.url, storage, str(project), verify, run_id]
+            command = [sys.executable, "-c", WITH_A_TOKEN, relay.url, new_storage, str(project), verify, run_id]
             environment = {**os.environ, **variables}
             done = subprocess.run(
                 command, env=environment, cwd=project, capture_output=True, text=True, timeout=240, check=False
@@ -202,7 +204,7 @@ def test_token_and_certificate(package: dict[str, str], storage: str, tmp_path: 
             said(trusted, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=WRONG_TOKEN),
             said(trusted, **token),
         ]
-        (run,) = runs_in(storage)
+        (run,) = runs_in(new_storage)
         outputs.append(said("False", run, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN))
         outputs.append(json.dumps(head.jobs()))
         kept = [path for path in Path(head.temp_dir).parent.rglob("session_*/logs/**/*") if path.is_file()]
@@ -215,7 +217,7 @@ def test_token_and_certificate(package: dict[str, str], storage: str, tmp_path: 
         assert "[rank 0 | node 0] working" in output
         assert f"returned 42 by {run}" in output
     assert run in outputs[5]
-    written = [path.read_bytes() for path in Path(storage.removeprefix("file://")).rglob("*") if path.is_file()]
+    written = [path.read_bytes() for path in Path(new_storage.removeprefix("file://")).rglob("*") if path.is_file()]
     assert written
     assert any(run.encode() in log for log in logs)
     shown = [*written, *logs, "".join(outputs).encode()]
@@ -259,7 +261,7 @@ class Visit(socketserver.BaseRequestHandler):
 
 
 def test_a_proxy_that_asks_for_a_header(
-    head: HeadCluster, storage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    head: HeadCluster, new_storage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With it the whole way is open: working directory, job, log. Without it the error tells where it is given."""
     (tmp_path / "project").mkdir()
@@ -273,7 +275,7 @@ def test_a_proxy_that_asks_for_a_header(
         threading.Thread(target=gate.serve_forever, args=(0.05,)).start()
         try:
             address = f"http://127.0.0.1:{gate.server_address[1]}"
-            backend = RayBackend(address=address, storage=storage, working_dir=str(tmp_path / "project"))
+            backend = RayBackend(address=address, storage=new_storage, working_dir=str(tmp_path / "project"))
             with pytest.raises(AuthenticationError, match=r"(?s)refuses this \(403\).*headers="):
                 launch(answer, elastic=Elastic(backend=backend))
             backend = dataclasses.replace(backend, headers={"X-Gate": "open"})
@@ -283,7 +285,7 @@ def test_a_proxy_that_asks_for_a_header(
     assert "[rank 0 | node 0] working" in capfd.readouterr().out
 
 
-def test_a_cluster_that_dies(package: dict[str, str], storage: str, tmp_path: Path) -> None:
+def test_a_cluster_that_dies(package: dict[str, str], new_storage: str, tmp_path: Path) -> None:
     """What has ended can be taken when the head is gone; what was running is an error that may be retried.
 
     In a task it is one that Flyte retries.
@@ -293,7 +295,7 @@ def test_a_cluster_that_dies(package: dict[str, str], storage: str, tmp_path: Pa
         threading.Event().wait()
 
     with HeadCluster(nodes=1, cpus=2, env=package) as head:
-        backend = RayBackend(address=head.address, storage=storage, working_dir="", reconnect_timeout_s=3)
+        backend = RayBackend(address=head.address, storage=new_storage, working_dir="", reconnect_timeout_s=3)
         ended = launch(lambda: "value", elastic=Elastic(backend=backend), wait=False)
         assert ended.result(keep=True)[0].return_value == "value"
         running = launch(work, elastic=Elastic(backend=backend), wait=False)
@@ -317,7 +319,7 @@ def test_a_cluster_that_dies(package: dict[str, str], storage: str, tmp_path: Pa
             running.status()
         with pytest.raises(ClusterUnreachableError):
             launch(answer, elastic=Elastic(backend=backend))
-    found = attach(ended.run_id, storage=storage)
+    found = attach(ended.run_id, storage=new_storage)
     assert found.status() is RunStatus.SUCCEEDED
     assert list(found.logs())
     assert found.result()[0].return_value == "value"

@@ -38,11 +38,11 @@ def jobs_of_ours(client: JobClient) -> set[str]:
     return {job.submission_id for job in client.list_jobs() if (job.submission_id or "").startswith("kfr-")}
 
 
-def test_a_healthy_cluster(head: HeadCluster, storage: str) -> None:
+def test_a_healthy_cluster(head: HeadCluster, new_storage: str) -> None:
     """Everything is looked at and nothing fails; neither job nor file nor folder stays behind."""
     client = client_of(RayBackend(), head.address)
     before = jobs_of_ours(client)
-    code, found = run("--address", head.address, "--storage", storage)
+    code, found = run("--address", head.address, "--storage", new_storage)
     failures = [one for one in found if one["level"] == "fail"]
     assert (code, failures) == (0, [])
     assert of(found, "cluster").keys() >= {
@@ -61,7 +61,7 @@ def test_a_healthy_cluster(head: HeadCluster, storage: str) -> None:
     assert re.search(
         r"iB or more are left beside the object store|the object store may take", nodes["/dev/shm"]["text"]
     )
-    assert not Path(storage.removeprefix("file://")).exists()
+    assert not Path(new_storage.removeprefix("file://")).exists()
     # Ray writes a job anew that leaves before Ray's own last look at it.
     seen_at = time.monotonic()
 
@@ -97,7 +97,7 @@ def test_an_address_where_nobody_is(address: str) -> None:
     assert "http" in finding["fix"] or "http" in finding["text"]
 
 
-def test_a_cluster_that_is_fully_used(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+def test_a_cluster_that_is_fully_used(head: HeadCluster, new_storage: str, tmp_path: Path) -> None:
     """A warning that says so, no failure and no wait without an end."""
     released = tmp_path / "released"
     hold = (
@@ -113,7 +113,7 @@ def test_a_cluster_that_is_fully_used(head: HeadCluster, storage: str, tmp_path:
     job = client.submit_job(entrypoint=f"python {script}")
     try:
         wait_until(lambda: "held" in str(client.get_job_logs(job)), "all CPUs to be in use", 120)
-        code, found = run("--address", head.address, "--storage", storage, "--wait", "3")
+        code, found = run("--address", head.address, "--storage", new_storage, "--wait", "3")
     finally:
         released.touch()
         client.wait_until_over(job)
@@ -124,7 +124,7 @@ def test_a_cluster_that_is_fully_used(head: HeadCluster, storage: str, tmp_path:
     assert "--wait" in launch["fix"]
 
 
-def test_a_cluster_that_this_machine_belongs_to(head: HeadCluster, storage: str) -> None:
+def test_a_cluster_that_this_machine_belongs_to(head: HeadCluster, new_storage: str) -> None:
     """By the address of the GCS the same nodes are looked at by a driver here. In a process of its own: it joins."""
     done = subprocess.run(
         [
@@ -136,7 +136,7 @@ def test_a_cluster_that_this_machine_belongs_to(head: HeadCluster, storage: str)
             "--address",
             head.gcs_address,
             "--storage",
-            storage,
+            new_storage,
         ],
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
         capture_output=True,
@@ -148,7 +148,7 @@ def test_a_cluster_that_this_machine_belongs_to(head: HeadCluster, storage: str)
     assert (done.returncode, [one for one in found if one["level"] == "fail"]) == (0, []), done.stderr
     assert of(found, "nodes")["all_reduce gloo"]["text"].startswith("2 ranks")
     assert of(found, "nodes")["storage"]["level"] == "ok"
-    assert not Path(storage.removeprefix("file://")).exists()
+    assert not Path(new_storage.removeprefix("file://")).exists()
 
 
 def test_a_ray_on_this_machine(tmp_path: Path) -> None:

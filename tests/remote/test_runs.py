@@ -53,12 +53,6 @@ class OddError(ValueError):
 
 
 @pytest.fixture
-def storage(known_storage: str) -> str:
-    """Of all tests here; test_clusters.py and test_storages.py have new ones."""
-    return known_storage
-
-
-@pytest.fixture
 def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A user's module with an exception that has a field, in a folder that is sent."""
     folder = tmp_path / "project"
@@ -327,11 +321,23 @@ def test_what_was_altered_in_the_storage_is_not_unpickled(head: HeadCluster, sto
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_request_that_was_altered(head: HeadCluster, storage: str, tmp_path: Path) -> None:
-    """Between the launch and its driver's start: nothing of it is executed, and whoever waits is told."""
+def test_a_request_that_was_altered(
+    head: HeadCluster, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its driver reads it: nothing of it is executed, and whoever waits is told."""
+    submit = JobClient.submit_job
+    altered = []
+
+    def alter_and_submit(client: JobClient, **job: Any) -> Any:
+        # The driver may read it before ``launch`` returns. There is none for the job that asks about the storage.
+        for request in Path(storage.removeprefix("file://")).glob("runs/*/request.pkl"):
+            request.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+            altered.append(request)
+        return submit(client, **job)
+
+    monkeypatch.setattr(JobClient, "submit_job", alter_and_submit)
     run = launch(lambda: 1, elastic=elastic(head, storage), wait=False)
-    (request,) = Path(storage.removeprefix("file://")).glob("runs/*/request.pkl")
-    request.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert len(altered) == 1
     with pytest.raises(IntegrityError, match=r"not the one that was submitted"):
         run.result()
     assert run.status() is RunStatus.FAILED

@@ -99,12 +99,12 @@ def driver_of(run_id: str) -> int:
     return found
 
 
-def test_one_waits_for_the_other_whose_driver_is_killed(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+def test_one_waits_for_the_other_whose_driver_is_killed(head: HeadCluster, new_storage: str, tmp_path: Path) -> None:
     """Both want all nodes at once: one is told behind whom it waits, and has them when the other's driver is killed.
 
     To the other that is an error with the last lines of its log, and nothing that was staged for it stays.
     """
-    with script(head, storage, tmp_path, "anna") as anna, script(head, storage, tmp_path, "ben") as ben:
+    with script(head, new_storage, tmp_path, "anna") as anna, script(head, new_storage, tmp_path, "ben") as ben:
         wait_until(lambda: anna.has_begun() or ben.has_begun(), "one of them to begin")
         holder, waiter = (anna, ben) if anna.has_begun() else (ben, anna)
         wait_until(lambda: "Behind: " in waiter.said(), "the other to say why it waits")
@@ -123,9 +123,9 @@ def test_one_waits_for_the_other_whose_driver_is_killed(head: HeadCluster, stora
     last_lines = holder.said().partition("Last lines of its log:\n")[2]
     assert "RunLostError" in holder.said()
     assert f"{holder.name} has begun" in last_lines
-    lost = attach(holder.run_id(), storage=storage)
+    lost = attach(holder.run_id(), storage=new_storage)
     assert lost.status() is RunStatus.FAILED
     with pytest.raises(RunLostError, match="killed"):
         lost.result()
-    left = Path(storage.removeprefix("file://"), "runs", holder.run_id())
+    left = Path(new_storage.removeprefix("file://"), "runs", holder.run_id())
     assert sorted(path.name for path in left.iterdir()) == ["manifest.json", "outcome.json", "records"]

@@ -21,7 +21,6 @@ from kfpytorch_ray.cluster.remote.client import JobClient
 from kfpytorch_ray.cluster.remote.probe import probe
 from kfpytorch_ray.storage import Storage
 from kfpytorch_ray.testing import HeadCluster, wait_until
-from kfpytorch_ray.testing.processes import all_processes, command
 
 READ_ONLY = """#!/bin/sh
 exec unshare --mount sh -c 'mount --bind {0} {0} && mount -o remount,bind,ro {0} && exec {1} "$@"' sh "$@"
@@ -119,13 +118,15 @@ from pathlib import Path
 from kfpytorch_ray import Elastic, RayBackend, launch
 
 
-def main(address, storage, size_bytes):
+def main(address, storage, size_bytes, path):
     def work():
         import torch
 
         return torch.full((size_bytes // 4,), 7, dtype=torch.int32)
 
-    result = launch(work, elastic=Elastic(backend=RayBackend(address=address, storage=storage, working_dir="")))
+    there = {"env_vars": {"PATH": path}}
+    backend = RayBackend(address=address, storage=storage, working_dir="", runtime_env=there)
+    result = launch(work, elastic=Elastic(backend=backend))
     value = result[0].return_value
     # It can be written to, and all of it is looked at.
     value[0] += 1
@@ -133,7 +134,7 @@ def main(address, storage, size_bytes):
     print(Path("/proc/self/status").read_text())
 
 
-main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
 """
 
 
@@ -154,30 +155,37 @@ def most_memory(status: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def test_a_large_result_is_in_memory_once(head: HeadCluster, storage: str, tmp_path: Path) -> None:
+MEASURING = """#!{python}
+import os, sys
+
+process = os.spawnv(os.P_NOWAIT, {python!r}, [{python!r}, *sys.argv[1:]])
+_, status, used = os.wait4(process, 0)
+with open({told!r}, "a") as told:
+    print(used.ru_maxrss, *sys.argv[1:], file=told)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""A Python that tells the most memory that a process of it has had in RAM, as the kernel knows it at its end."""
+
+
+def test_a_large_result_is_in_memory_once(head: HeadCluster, new_storage: str, tmp_path: Path) -> None:
     """A gibibyte: on the head, where it comes from the object store, and here, where it comes from a file."""
     if reason := lacking(tmp_path):
         pytest.skip(reason)
     (tmp_path / "script.py").write_text(LARGE)
-    drivers: dict[int, int] = {}
+    folder, told = tmp_path / "bin", tmp_path / "told"
+    folder.mkdir()
+    (folder / "python").write_text(MEASURING.format(python=sys.executable, told=str(told)))
+    (folder / "python").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
 
-    def has_ended() -> bool:
-        # What is known of a process is gone with it, so it is asked again and again.
-        for process in all_processes():
-            if command(process).startswith(f"python -m {driver.__name__} {storage}"):
-                with contextlib.suppress(OSError):
-                    status = Path(f"/proc/{process}/status").read_text()
-                    drivers[process] = max(drivers.get(process, 0), most_memory(status))
-        return script.poll() is not None
+    def drivers() -> list[int]:
+        lines = [line.split() for line in told.read_text().splitlines()] if told.exists() else []
+        return [int(line[0]) * 1024 for line in lines if line[1:3] == ["-m", driver.__name__]]
 
-    arguments = [sys.executable, str(tmp_path / "script.py"), head.address, storage, str(SIZE_BYTES)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as script:
-        try:
-            wait_until(has_ended, "the script to end", 240)
-        finally:
-            script.kill()
-        said, errors = script.communicate()
-    assert script.returncode == 0, errors
-    (there,) = drivers.values()
+    arguments = [sys.executable, str(tmp_path / "script.py"), head.address, new_storage, str(SIZE_BYTES), path]
+    script = subprocess.run(arguments, capture_output=True, text=True, timeout=240, check=False)
+    assert script.returncode == 0, script.stderr
+    wait_until(drivers, "the driver to end")
+    (there,) = drivers()
     assert SIZE_BYTES < there < MOST_BYTES
-    assert SIZE_BYTES < most_memory(said) < MOST_BYTES
+    assert SIZE_BYTES < most_memory(script.stdout) < MOST_BYTES

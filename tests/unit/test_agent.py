@@ -199,7 +199,7 @@ def agent_in(folder: Path, *, by_zygote: bool = False, **changes: Any) -> Iterat
         "driver_address": ADDRESS,
         "max_restarts": 0,
         "monitor_interval_s": 60.0,
-        "stop_grace_s": 1.0,
+        "stop_grace_s": 10.0,
         "silence_timeout_s": 3600.0,
         "launch_id": LAUNCH,
     }
@@ -428,6 +428,22 @@ def test_an_agent_lives_on_from_what_its_controller_is_known_to_have_heard(agent
 
 def test_the_stacks_of_ranks_that_hang_are_kept(agent: Agent) -> None:
     """Also of those in C code; the rank that stopped first comes first, and what was being done is named."""
+    for _ in range(5):
+        one, other = ranks_that_hang(agent)
+        # A rank has two seconds to answer and py-spy five, which may be too few on a machine that is busy.
+        if not any(late in rank.stacks for late in ("does not take signals", "timed out") for rank in (one, other)):
+            break
+    assert (one.outcome, other.outcome) == (Outcome.HUNG, Outcome.HUNG)
+    assert one.message.startswith("made no progress for ")
+    assert one.message.endswith(" s (last step 7)")
+    assert "waits_for_a_peer" in one.stacks
+    assert "sleeps_in_c" in other.stacks
+    assert one.timestamp < other.timestamp
+    if find_py_spy():
+        assert "py-spy:\nProcess " in one.stacks
+
+
+def ranks_that_hang(agent: Agent) -> tuple[RankRecord, ...]:
     index, ending = agent.start_round(
         """
         def waits_for_a_peer():
@@ -448,15 +464,8 @@ def test_the_stacks_of_ranks_that_hang_are_kept(agent: Agent) -> None:
     )
     agent.said("hung-1")
     agent.call("stop_round", LAUNCH, index, True)
-    one, other = ending.result(60).ranks
-    assert (one.outcome, other.outcome) == (Outcome.HUNG, Outcome.HUNG)
-    assert one.message.startswith("made no progress for ")
-    assert one.message.endswith(" s (last step 7)")
-    assert "waits_for_a_peer" in one.stacks
-    assert "sleeps_in_c" in other.stacks
-    assert one.timestamp < other.timestamp
-    if find_py_spy():
-        assert "py-spy:\nProcess " in one.stacks
+    ranks: tuple[RankRecord, ...] = ending.result(60).ranks
+    return ranks
 
 
 def test_a_collection_in_a_rank_does_not_look_through_what_was_imported(agent: Agent) -> None:
@@ -509,8 +518,15 @@ def test_who_is_stopped_can_ask_whether_it_is(agent: Agent) -> None:
     assert (agent.said("handled-0"), agent.said("handled-1")) == ("True", "True")
 
 
-def test_what_a_rank_started_ends_with_its_round(agent: Agent) -> None:
+@pytest.mark.parametrize("by_zygote", [False, True])
+def test_what_a_rank_started_ends_with_its_round(by_zygote: bool, tmp_path: Path) -> None:
     """Children in its group, in a session of their own, with or without an exec; the agent goes on."""
+    # Its own agent: a rank that is deaf takes the whole grace.
+    with agent_in(tmp_path, by_zygote=by_zygote, stop_grace_s=1.0) as agent:
+        end_with_its_round(agent)
+
+
+def end_with_its_round(agent: Agent) -> None:
     before = agent.marked()
     _, ending = agent.start_round(
         """
@@ -592,14 +608,14 @@ def test_what_ranks_print_is_kept_and_passed_on(tmp_path: Path) -> None:
         agent.run("return print('second')", "return print('second')")
         agent.call("shutdown")
         prefix = "[rank 0 | node 0] "
-        assert lines_of(agent) == [
-            (False, f"{prefix}out 0"),
-            (True, f"{prefix}error 0"),
-            (False, f"{prefix}second"),
-        ]
-    kept = {str(path.relative_to(archive)): path.read_text() for path in archive.rglob("*.log")}
-    first = {f"round-0/rank-{rank}.log": f"out {rank}\nerror {rank}\n" for rank in range(2)}
-    assert kept == first | {f"round-1/rank-{rank}.log": "second\n" for rank in range(2)}
+        came = lines_of(agent)
+    # The order is each stream's own: between two of them nobody knows it.
+    assert [line for error, line in came if not error] == [f"{prefix}out 0", f"{prefix}second"]
+    assert [line for error, line in came if error] == [f"{prefix}error 0"]
+    logs = {str(path.relative_to(archive)): path.read_text() for path in archive.rglob("*.log")}
+    kept = {name: sorted(text.splitlines(keepends=True)) for name, text in logs.items()}
+    first = {f"round-0/rank-{rank}.log": [f"error {rank}\n", f"out {rank}\n"] for rank in range(2)}
+    assert kept == first | {f"round-1/rank-{rank}.log": ["second\n"] for rank in range(2)}
 
 
 CRASH = """

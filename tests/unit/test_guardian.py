@@ -20,6 +20,7 @@ from kfpytorch_ray.cluster.guardian import RAYLET_VARIABLE, kill_all, marked_pro
 from kfpytorch_ray.cluster.processes import kill_group
 from kfpytorch_ray.heartbeat import MARK_VARIABLE, PAGE_NAME, HeartbeatPage
 from kfpytorch_ray.testing import wait_until
+from kfpytorch_ray.testing.processes import command, environment
 from kfpytorch_ray.testing.processes import is_running as runs
 
 until = partial(wait_until, what="what the test asks for", timeout_s=30)
@@ -65,6 +66,11 @@ def first_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def asleep(*pids: int) -> None:
+    """Wait until these have become ``sleep``: halfway there a process shows no environment."""
+    until(lambda: all(command(pid).startswith("sleep ") and environment(pid) for pid in pids))
+
+
 def mark_of(*parts: object) -> str:
     return f"{MARK_VARIABLE}=" + os.pathsep.join(map(str, parts))
 
@@ -81,6 +87,7 @@ def test_processes_with_the_mark_are_found_and_no_others(tmp_path: Path) -> None
     ):
         for process in (one, other, longer, shorter, plain):
             assert first_line(process) == "ready"
+        asleep(one.pid, other.pid, longer.pid, shorter.pid, plain.pid)
         assert marked_processes(mark) == {one.pid, other.pid}
     assert marked_processes(mark) == set()
 
@@ -152,6 +159,7 @@ def test_what_dead_processes_left_behind_is_told_from_what_belongs_to_the_agent(
         try:
             gone.wait(30)
             gone_unmarked.wait(30)
+            asleep(below.pid, plain.pid, stray, unmarked)
             assert strays(mark, {os.getpid()}) == {stray}
             kill_all(lambda: strays(mark, {os.getpid()}))
             until(lambda: not runs(stray))
@@ -195,7 +203,7 @@ def test_nothing_is_left_of_an_agent_that_is_killed(tmp_path: Path) -> None:
         with guarded(tmp_path) as (agent, _, marked, folders):
             agent.kill()
             until(lambda: not any(folder.exists() for folder in folders))
-            assert not any(runs(pid) for pid in marked)
+            until(lambda: not any(runs(pid) for pid in marked))
             assert runs(bystander.pid)
     assert another.exists()
 
@@ -261,7 +269,7 @@ def test_a_raylet_that_cannot_be_watched_is_done_without(raylet: str, tmp_path: 
     with guarded(tmp_path, **{RAYLET_VARIABLE: raylet}) as (agent, _, marked, folders):
         agent.kill()
         until(lambda: not any(folder.exists() for folder in folders))
-        assert not any(runs(pid) for pid in marked)
+        until(lambda: not any(runs(pid) for pid in marked))
 
 
 def test_a_signal_goes_to_the_whole_group_of_a_worker() -> None:

@@ -8,16 +8,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kfpytorch_ray.cluster.remote import lease
 from kfpytorch_ray.cluster.remote.lease import LeaseKeeper, LeaseWatch
 from kfpytorch_ray.runs import LEASE, MANIFEST, OUTCOME
 from kfpytorch_ray.storage import Storage
 from kfpytorch_ray.testing import wait_until
 
 WATCHER = """
-import signal, sys
+import sys, time
 from kfpytorch_ray.cluster.interruption import interruptible
 from kfpytorch_ray.cluster.remote.lease import LeaseWatch
 from kfpytorch_ray.storage import Storage
@@ -27,7 +29,9 @@ with interruptible():
     try:
         with watch:
             print("watching", flush=True)
-            signal.pause()
+            # Not signal.pause(): a signal just before it is noticed by nobody.
+            while True:
+                time.sleep(0.05)
     except SystemExit:
         print(watch.reason, flush=True)
 """
@@ -51,6 +55,15 @@ def watcher(folder: Storage) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.fixture
+def sigterms() -> Iterator[list[int]]:
+    """Those that this process receives."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
+    yield received
+    signal.signal(signal.SIGTERM, before)
+
+
 def line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
@@ -63,19 +76,37 @@ def test_a_lease_that_nobody_keeps_ends_the_run(watcher: subprocess.Popen[str]) 
     assert watcher.wait(60) == 0
 
 
-def test_a_lease_that_is_kept_lets_it_run(folder: Storage, watcher: subprocess.Popen[str]) -> None:
-    """Many changes later it still runs; after the last one it ends."""
+def test_a_lease_that_is_kept_lets_it_run(
+    folder: Storage, monkeypatch: pytest.MonkeyPatch, sigterms: list[int]
+) -> None:
+    """For many leases; a lease after the last sign of life it ends. By a clock that waits for both sides."""
+    now = 0.0
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now))
+    keeper, watch = LeaseKeeper(folder, 60.0), LeaseWatch(folder, 60.0)
+    for _ in range(8):
+        keeper._do()
+        for _ in range(4):
+            watch._do()
+            now += 15
+        assert (watch.reason, sigterms) == ("", [])
+    watch._do()
+    assert (watch.reason, sigterms) == ("", [])
+    now += 1
+    watch._do()
+    assert "no sign of life" in watch.reason
+    wait_until(lambda: sigterms, "the signal")
+
+
+def test_a_keeper_gives_many_signs_of_life(folder: Storage) -> None:
+    """Each is another one."""
+    seen: set[bytes | None] = set()
+
+    def many() -> bool:
+        seen.add(folder.read(LEASE))
+        return len(seen) > 8
+
     with LeaseKeeper(folder, 1.0):
-        assert line(watcher) == "watching"
-        seen: set[bytes | None] = set()
-
-        def many() -> bool:
-            seen.add(folder.read(LEASE))
-            return len(seen) > 8
-
         wait_until(many, "many signs of life")
-        assert watcher.poll() is None
-    assert "no sign of life" in line(watcher)
 
 
 def test_without_a_lease_nothing_is_written_or_watched(folder: Storage) -> None:
@@ -118,13 +149,8 @@ def test_a_storage_that_fails_for_a_while(folder: Storage, tmp_path: Path, caplo
         wait_until((lost / LEASE).exists, "the next try")
 
 
-def test_the_signal_goes_to_this_process_alone(folder: Storage) -> None:
+def test_the_signal_goes_to_this_process_alone(folder: Storage, sigterms: list[int]) -> None:
     """Its children are stopped by it, each in its way."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: received.append(number))
-    try:
-        with LeaseWatch(folder, 0.1):
-            wait_until(lambda: received, "the signal")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert received == [signal.SIGTERM]
+    with LeaseWatch(folder, 0.1):
+        wait_until(lambda: sigterms, "the signal")
+    assert sigterms == [signal.SIGTERM]

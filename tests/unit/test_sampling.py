@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kfpytorch_ray.cluster.sampling import Gpus, RankSample, Sampler, find_gpus, installed_versions, node_facts
 from kfpytorch_ray.heartbeat import HeartbeatPage
 from kfpytorch_ray.testing import wait_until
+from kfpytorch_ray.testing.processes import is_running
 
 MIB = 2**20
 
@@ -92,28 +96,44 @@ def test_each_ranks_processes_are_looked_at(page: HeartbeatPage, processes: list
     def enough() -> bool:
         seen.extend(sampler.take())
         busy = [sample for rank, sample in seen if rank == 4]
-        return len(busy) >= 4 and busy[-1].cpu_percent > 20 and len(seen) > len(busy)
+        # The worker itself waits: what is seen of CPU and of the second half of the memory is its child's.
+        child = len(busy) >= 4 and busy[-1].cpu_percent > 5 and busy[-1].memory_bytes > 200 * MIB
+        return child and len(seen) > len(busy)
 
     with sampler.during(0):
         wait_until(enough, "samples of both ranks", timeout_s=60)
+    wait_until(lambda: not looking(), "the last look to be over")
+    used_s = cpu_seconds(processes[0].pid)
+    seen.extend(sampler.take())
     busy = [sample for rank, sample in seen if rank == 4]
     idle = [sample for rank, sample in seen if rank == 5]
     assert {sample.round_index for _, sample in seen} == {0}
     assert [sample.at for sample in busy] == sorted(sample.at for sample in busy)
-    # One thread: what it has used before the sample before does not count again.
-    assert max(sample.cpu_percent for sample in busy) < 150
-    assert busy[-1].memory_bytes > 200 * MIB
+    # What was used before the sample before does not count again: together they have not seen more than there was.
+    pairs = itertools.pairwise(busy)
+    assert sum(after.cpu_percent / 100 * (after.at - before.at) for before, after in pairs) < used_s + 0.1
     assert max(sample.memory_bytes for sample in idle) < 100 * MIB
     assert idle[-1].cpu_percent < 10
     assert {(sample.gpu_percent, sample.gpu_memory_bytes) for sample in busy} == {(10.0, MIB)}
     assert {(sample.gpu_percent, sample.gpu_memory_bytes) for sample in idle} == {(None, None)}
-    sampler.take()
     assert sampler.take() == ()
+
+
+def looking() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "sampling"]
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process and those below it have used."""
+    process = psutil.Process(pid)
+    times = [member.cpu_times() for member in (process, *process.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 def test_ranks_that_have_ended_are_passed_over(page: HeartbeatPage, processes: list[subprocess.Popen[str]]) -> None:
     """The others are still looked at."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
+    wait_until(lambda: not is_running(ended.pid), "it to end")
     page.join(0, 0, ended.pid)
     page.join(1, 1, processes[1].pid)
     sampler = Sampler(page)

@@ -11,7 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,20 @@ def process_of(zygote: Zygote) -> int:
     assert offer is not None
     folder = os.path.dirname(offer.address)
     # Its servers have its command line.
-    (found,) = {pid for pid in all_processes() if parent(pid) == os.getpid() and f"{folder!r}" in command(pid)}
-    return found
+    return the_one(lambda pid: parent(pid) == os.getpid() and f"{folder!r}" in command(pid))
+
+
+def the_one(is_it: Callable[[int], bool]) -> int:
+    """A process that is about to be there: before its exec a child has its parent's command line."""
+    found: set[int] = set()
+
+    def there() -> bool:
+        found.update(filter(is_it, all_processes()))
+        return bool(found)
+
+    until(there)
+    (pid,) = found
+    return pid
 
 
 @contextlib.contextmanager
@@ -262,7 +274,7 @@ def test_it_ends_with_its_driver_and_not_by_ctrl_c(here: Path) -> None:
     ) as driver:
         assert driver.stdout is not None
         folder = os.path.dirname(driver.stdout.readline().strip())
-        (zygote,) = {pid for pid in all_processes() if f"{folder!r}" in command(pid)}
+        zygote = the_one(lambda pid: f"{folder!r}" in command(pid))
         os.killpg(driver.pid, signal.SIGINT)
         assert driver.stdout.readline().strip() == "interrupted"
         assert runs(zygote)
