@@ -102,13 +102,15 @@ class Zygote:
         """End it, if it was started; what was forked from it lives on."""
         if self._process is None:
             return
-        level = logging.INFO if self._process.poll() is None else logging.WARNING
+        # A look that leaves it a zombie, so that its number, which is its group's, stays its own.
+        ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         # It has nothing to end, and may be in the middle of an import. What an import has started goes with it; servers
         # have left its group.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         if said := Path(self._folder, _OUTPUT).read_text(errors="replace").strip():
+            level = logging.INFO if ended is None else logging.WARNING
             logger.log(level, "While modules were imported for all agents of this machine: %s", said)
         os.close(self._lifeline)
         shutil.rmtree(self._folder, ignore_errors=True)
