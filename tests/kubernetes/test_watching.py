@@ -116,9 +116,10 @@ def test_without_the_block_the_server_is_asked(here: Namespace, front: Front, jo
 
 def test_one_watch_follows_the_other(api: Api, namespace: str, here: Namespace, front: Front, job: str) -> None:
     """The server ends each after its time; the next goes on from there, with no list in between."""
-    with Watcher(here, watch_s=1.0) as seen:
+    # Somebody asks during each, though it may get no CPU for a while.
+    with Watcher(here, watch_s=4.0) as seen:
         wait_for_watches(seen, front)
-        wait_until(lambda: seen_label(seen) == 0 and front.counted("watch rayjobs") > 3, "four watches")
+        wait_until(lambda: seen_label(seen) == 0 and front.counted("watch rayjobs") > 2, "three watches")
         label(api, namespace, 1)
         wait_until(lambda: seen_label(seen) == 1, "the change")
     assert front.counted("list rayjobs") == 1
@@ -130,9 +131,11 @@ def test_what_nobody_asks_for_is_not_watched_any_more(
     """It ends with a watch in which nobody asked, and begins anew when somebody does."""
     with Watcher(here, watch_s=1.0) as seen:
         wait_for_watches(seen, front)
-        wait_until(lambda: seen_label(seen) == 0 and front.counted("watch rayjobs") > 4, "more watches")
+        before = front.counted("watch pods")
+        wait_until(lambda: seen_label(seen) == 0 and len(watching()) == 1, "the other watch to end")
         ended = front.counted("watch pods")
-        assert ended < 4
+        # One that was begun by then, in which somebody may have asked, and one in which nobody did.
+        assert ended <= before + 2
         api.create("pods", namespace, pod("a"))
         wait_until(lambda: seen.pods(PODS), "the pod")
         wait_until(lambda: seen.pods(PODS) and front.counted("watch pods") > ended, "another watch")
