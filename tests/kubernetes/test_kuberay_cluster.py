@@ -27,7 +27,8 @@ LONG_S = 400.0
 """For Ray to start on a machine that is busy."""
 CLUSTER = "mine"
 WORKERS = 2
-LEASE_S = 5
+LEASE_S = 12
+"""It is kept until training has begun, on a machine that is busy."""
 OF_EVERY_NAMESPACE = {"kube-root-ca.crt"}
 
 

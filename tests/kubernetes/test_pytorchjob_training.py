@@ -42,7 +42,8 @@ pytestmark = [
 ]
 
 STAGED = {CODE, INPUTS, LEASE, REQUEST, RESULTS}
-LEASE_S = 5
+LEASE_S = 12
+"""It is kept until training has begun, on a machine that is busy."""
 OF_EVERY_NAMESPACE = {"kube-root-ca.crt"}
 LONG_S = 200.0
 """For torch to start on a machine that is busy."""
@@ -212,7 +213,8 @@ def test_a_run_from_begin_to_end_by_the_command_line(
     assert (listed["run_id"], listed["status"]) == (run, "running")
     assert (listed["backend"], listed["address"]) == ("kubeflow", f"{namespace}@")
     again = attach(run, storage=shared_folder, backend=KubeflowBackend(kubeconfig=backend.kubeconfig))
-    assert [*again.logs(rank=1)] == ["[rank 1] rank 1 has begun"]
+    # A rank's lines reach its pod's log a moment after it has gone on.
+    wait_until(lambda: [*again.logs(rank=1)] == ["[rank 1] rank 1 has begun"], "the line of rank 1")
     Path(shared_folder, "go").touch()
     lines = shell.output_of(following)
     for rank in (0, 1):

@@ -74,6 +74,8 @@ def test_replicas_find_each_other_by_their_services(connection: client.ApiClient
     wait_for(api, namespace, "Succeeded")
     assert conditions(api, namespace)["Running"] == "False"
     for rank, name in enumerate(("train-master-0", "train-worker-0")):
+        # What a container says takes a moment to its log.
+        wait_until(lambda name=name: log(connection, namespace, name), f"the log of {name}")
         assert log(connection, namespace, name)[0] == f"train-master-0:23456 {rank} 2 2"
     labels = pods(api, namespace)["train-master-0"]["metadata"]["labels"]
     assert labels == {
@@ -92,7 +94,10 @@ def test_an_elastic_job_is_done_with_its_first_pod(api: Api, namespace: str) -> 
     api.create("pytorchjobs", namespace, job(None, worker, elasticPolicy={}, cleanPodPolicy="Running"))
     wait_for(api, namespace, "Succeeded")
     wait_until(lambda: set(pods(api, namespace)) == {"train-worker-1"}, "the other one to go")
-    assert [one["metadata"]["name"] for one in api.find("services", namespace)] == ["train-worker-1"]
+    left = {"train-worker-1"}
+    wait_until(
+        lambda: {one["metadata"]["name"] for one in api.find("services", namespace)} == left, "the Service to go"
+    )
 
 
 def test_variables_of_an_elastic_job() -> None:
@@ -111,10 +116,12 @@ def test_variables_of_an_elastic_job() -> None:
 
 def test_a_failed_replica_fails_the_job(api: Api, namespace: str) -> None:
     """With restartPolicy Never: its Pods stay, and it is removed when its time to live has passed."""
-    api.create("pytorchjobs", namespace, job(None, replica("exit 3"), ttlSecondsAfterFinished=2))
+    api.create("pytorchjobs", namespace, job(None, replica("exit 3")))
     failed = wait_for(api, namespace, "Failed")["Failed"]
     assert failed["message"] == "PyTorchJob train is failed because 1 Worker replica(s) failed."
     assert set(pods(api, namespace)) == {"train-worker-0"}
+    # Not before: it would be over while somebody still looks.
+    assert api.patch("pytorchjobs", namespace, JOB, {"spec": {"runPolicy": {"ttlSecondsAfterFinished": 2}}})
     wait_until(lambda: api.get("pytorchjobs", namespace, JOB) is None, "the job to be removed")
 
 
@@ -122,11 +129,16 @@ def test_a_failed_replica_fails_the_job(api: Api, namespace: str) -> None:
 def test_an_exit_code_decides_who_is_made_again(api: Api, namespace: str, code: int, condition: str) -> None:
     """ExitCode: a signal's is tried again with another Pod, any other one fails the job."""
     api.create("pytorchjobs", namespace, job(replica(f"exit {code}", policy="ExitCode")))
-    wait_until(lambda: uids(api, namespace), "the Pod")
-    (first,) = uids(api, namespace)
+    seen: set[str] = set()
+
+    def pods_so_far() -> int:
+        seen.update(uids(api, namespace))
+        return len(seen)
+
+    wait_until(pods_so_far, "the Pod")
     wait_for(api, namespace, condition)
     if condition == "Restarting":
-        wait_until(lambda: uids(api, namespace) - {first}, "another Pod")
+        wait_until(lambda: pods_so_far() > 1, "another Pod")
 
 
 def test_a_container_that_fails_again_and_again_reaches_the_limit(api: Api, namespace: str) -> None:
