@@ -10,9 +10,11 @@ import contextlib
 import contextvars
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from kfpytorch_ray.cluster.rank_log import RANK_FILE, log_name
@@ -27,6 +29,8 @@ ARCHIVE_WAIT_S = 60.0
 _FIRST_COPY_S = 10.0
 _LONGEST_S = 300.0
 """Between two copies: an object store has every version written anew."""
+_LAST_PAUSES_S = (0.0, 2.0, 2.0)
+"""Before each try of the last copies, after which the files are removed."""
 
 
 class LogArchive:
@@ -42,7 +46,7 @@ class LogArchive:
         self._folder = folder
         self._uri = uri
         self._interval_s = first_copy_s
-        self._copied: dict[str, int] = {}
+        self._copied: dict[str, tuple[int, ...]] = {}
         self._said = ""
         self._over = threading.Event()
         # A new thread would not see the credentials of this context.
@@ -58,36 +62,48 @@ class LogArchive:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        over = False
         # Its imports are made while nobody waits for the last copy.
         with contextlib.suppress(KfpytorchRayError, OSError):
             Storage(self._uri)
-        while not over:
-            over = self._over.wait(self._interval_s)
+        while not self._over.wait(self._interval_s):
             self._interval_s = min(2 * self._interval_s, _LONGEST_S)
-            try:
-                self._copy(Storage(self._uri))
-            except (KfpytorchRayError, OSError) as error:
-                if str(error) != self._said:
-                    self._said = str(error)
-                    logger.warning("Logs of ranks could not be kept: %s", error)
+            self._try_to_copy()
+        for pause_s in _LAST_PAUSES_S:
+            time.sleep(pause_s)
+            if self._try_to_copy():
+                return
+
+    def _try_to_copy(self) -> bool:
+        try:
+            self._copy(Storage(self._uri))
+        except (KfpytorchRayError, OSError) as error:
+            if str(error) != self._said:
+                self._said = str(error)
+                logger.warning("Logs of ranks could not be kept: %s", error)
+            return False
+        return True
 
     def _copy(self, storage: Storage) -> None:
-        sizes = {str(path.relative_to(self._folder)): path.stat().st_size for path in self._folder.glob("*/*.log*")}
-        for name, size in sizes.items():
-            if self._copied.get(name) != size:
-                storage.upload(name, _chunks(self._folder / name))
-                self._copied[name] = size
+        found = {str(path.relative_to(self._folder)): _version(path) for path in self._folder.glob("*/*.log*")}
+        for name, version in found.items():
+            # Parts become others while they are copied, and then are copied with the next.
+            if version is not None and self._copied.get(name) != version:
+                with contextlib.suppress(FileNotFoundError), (self._folder / name).open("rb") as file:
+                    storage.upload(name, iter(partial(file.read, CHUNK_BYTES), b""))
+                    self._copied[name] = version
         # Parts that have become one file.
-        for name in self._copied.keys() - sizes.keys():
+        for name in self._copied.keys() - found.keys():
             storage.remove(name)
             del self._copied[name]
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What changes with a file's content; None where it has gone. A part of the same size may be another one."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def with_logs(rounds: tuple[RoundRecord, ...], uri: str) -> tuple[RoundRecord, ...]:

@@ -69,6 +69,9 @@ class RankLog:
             self._drop_part(self._part)
             self._newer_bytes = 0
             start = data.find(b"\n", len(data) - self._part_bytes - 1) + 1
+            if start == len(data):
+                # The last line is longer than what is kept: its end is.
+                start -= self._part_bytes
             self._drop(data[:start])
             data = data[start:]
         if self._newer_bytes + len(data) > self._part_bytes:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from kfpytorch_ray.cluster import log_archive
 from kfpytorch_ray.cluster.log_archive import LogArchive, with_logs
 from kfpytorch_ray.cluster.output import Tail, Tails
 from kfpytorch_ray.cluster.output_spool import Cursor, OutputSource, OutputSpool
 from kfpytorch_ray.cluster.rank_log import RankLog
+from kfpytorch_ray.errors import StorageError
 from kfpytorch_ray.results import ElasticResult, Outcome, RankRecord, RoundRecord
+from kfpytorch_ray.storage import Digest, Storage
 from kfpytorch_ray.testing import wait_until
 
 
@@ -136,6 +140,15 @@ def test_a_rank_log_has_the_beginning_and_the_end(limit: int, batch: int, tmp_pa
     assert sum(len(line) + 1 for line in after) >= limit // 4 - 10
 
 
+def test_a_last_line_that_is_longer_than_what_is_kept_is_kept_at_its_end(tmp_path: Path) -> None:
+    """Most often it says why the rank failed."""
+    log = RankLog(tmp_path / "rank-0.log", 400)
+    log.write("".join(f"{number:08}\n" for number in range(100)))
+    log.write("x" * 200 + "the end\n")
+    log.finish()
+    assert (tmp_path / "rank-0.log").read_text().endswith("xxxthe end\n")
+
+
 def test_a_rank_log_below_its_bound_is_whole(tmp_path: Path) -> None:
     """Also where the end has begun: nothing is left out, and nothing said of it."""
     log = RankLog(tmp_path / "rank-0.log", 1000)
@@ -203,6 +216,39 @@ def test_logs_are_kept_while_their_rank_runs(tmp_path: Path) -> None:
     archive.finish()
     assert [path.name for path in kept.rglob("*.log*")] == ["rank-1.log"]
     assert f"line {next(numbers) - 1}\n" in (kept / "round-0" / "rank-1.log").read_text()
+
+
+def test_a_part_of_the_same_size_is_copied_again(tmp_path: Path) -> None:
+    """Parts change places while a rank runs."""
+    part, copy = tmp_path / "own" / "round-0" / "rank-1.log.2", tmp_path / "kept" / "round-0" / "rank-1.log.2"
+    part.parent.mkdir(parents=True)
+    part.write_text("before\n")
+    archive = LogArchive(tmp_path / "own", str(tmp_path / "kept"), first_copy_s=0.01)
+    wait_until(copy.exists, "the first copy")
+    part.rename(part.with_suffix(".1"))
+    part.write_text("after.\n")
+    archive.finish()
+    assert copy.read_text() == "after.\n"
+    assert copy.with_suffix(".1").read_text() == "before\n"
+
+
+def test_the_last_copy_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are removed after it."""
+    failures = [StorageError("a gateway that was away for a moment")]
+
+    def upload(storage: Storage, name: str, chunks: Iterable[bytes]) -> Digest:
+        if failures:
+            raise failures.pop()
+        return real(storage, name, chunks)
+
+    real = Storage.upload
+    monkeypatch.setattr(Storage, "upload", upload)
+    monkeypatch.setattr(log_archive, "_LAST_PAUSES_S", (0.0, 0.01))
+    file = tmp_path / "own" / "round-0" / "rank-0.log"
+    file.parent.mkdir(parents=True)
+    file.write_text("line\n")
+    LogArchive(tmp_path / "own", str(tmp_path / "kept"), first_copy_s=3600.0).finish()
+    assert (tmp_path / "kept" / "round-0" / "rank-0.log").read_text() == "line\n"
 
 
 def test_logs_by_rank(tmp_path: Path) -> None:
