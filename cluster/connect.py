@@ -6,9 +6,11 @@ this process alone? Only on the latter may several agents share a machine.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RaySystemError
 
 from kfpytorch_ray.cluster.listening import nobody_at, speaks_http
@@ -214,11 +217,19 @@ def _refuse_ray_client() -> None:
         )
 
 
+def _is(address: str, gcs_address: str) -> bool:
+    """Whether an address names a GCS. Ray itself knows it by its node's number, whatever name it was joined by."""
+    host, _, port = (canonicalize_bootstrap_address(address) or address).rpartition(":")
+    with contextlib.suppress(OSError):
+        host = socket.gethostbyname(host)
+    return gcs_address in (address, f"{host}:{port}")
+
+
 def _refuse_other_address(address: str | None) -> None:
     if address in (None, "auto"):
         return
     current = ray.get_runtime_context().gcs_address
-    if current != address and not (address == "local" and _started_by_this_process()):
+    if not _is(address, current) and not (address == "local" and _started_by_this_process()):
         raise ConfigError(
             "RayBackend",
             (f"address={address!r}, but this process has joined the Ray at {current}: call ray.shutdown() first",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
@@ -12,6 +12,9 @@ from kfpytorch_ray.cluster.pickling import rebuilt_result
 from kfpytorch_ray.cluster.protocol import SupervisorLostError
 from kfpytorch_ray.errors import NodeLostError, explain
 from kfpytorch_ray.results import ElasticWorkerResult
+
+if TYPE_CHECKING:
+    from kfpytorch_ray.cluster.spool import Spooled
 
 
 class Fetcher:
@@ -35,11 +38,21 @@ class Fetcher:
         # Asked of another Ray, or of none, ray.get would start one or wait for ever.
         if not ray.is_initialized() or ray.get_runtime_context().gcs_address != self._cluster:
             raise _lost(rank, f"this process has left the Ray at {self._cluster}")
-        try:
-            spooled = ray.get(self._refs[rank])
-        except (ObjectLostError, RayActorError, SupervisorLostError) as error:
-            raise _lost(rank, str(error)) from error
+        spooled = stored(self._refs[rank], rank)
         return ElasticWorkerResult(None, [], None) if spooled is None else rebuilt_result(spooled, rank)
+
+
+def stored(ref: Any, rank: int) -> Spooled | None:
+    """What a rank has left in the object store; None where it left nothing.
+
+    Raises:
+        NodeLostError: The node that stored it is gone.
+    """
+    try:
+        spooled: Spooled | None = ray.get(ref)
+    except (ObjectLostError, RayActorError, SupervisorLostError) as error:
+        raise _lost(rank, str(error)) from error
+    return spooled
 
 
 def _lost(rank: int, why: str) -> NodeLostError:

@@ -7,6 +7,7 @@ marked here, by the place that the operator gave the pod.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import time
 from types import TracebackType
@@ -16,8 +17,11 @@ from kfpytorch_ray.cluster.kube.client import Namespace
 from kfpytorch_ray.cluster.kube.kinds import PYTORCH_CONTAINER
 from kfpytorch_ray.cluster.kube.pod_log import PodLogTail, driver_part
 from kfpytorch_ray.cluster.kube.pod_reports import LOG, folder_of
+from kfpytorch_ray.errors import KfpytorchRayError
 from kfpytorch_ray.runs import PODS
 from kfpytorch_ray.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 _LOOK_S = 5.0
 """How often it is looked whether there are more pods."""
@@ -113,7 +117,13 @@ class PodsTail:
         if self._over or time.monotonic() - self._looked_at < _LOOK_S:
             return
         self._looked_at = time.monotonic()
-        for pod in self._log.pods():
+        try:
+            pods = self._log.pods()
+        except KfpytorchRayError as error:
+            # For how long that is borne, whoever follows the run decides.
+            logger.debug("The pods with a log are not known now: %s", error)
+            return
+        for pod in pods:
             if pod not in self._tails:
                 self._tails[pod] = self._following.enter_context(self._log.tail(pod))
 

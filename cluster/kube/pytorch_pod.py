@@ -32,7 +32,14 @@ from kfpytorch_ray.cluster.remote.outcome import Record, result_name
 from kfpytorch_ray.cluster.remote.staged import read_request
 from kfpytorch_ray.cluster.spool import map_spooled
 from kfpytorch_ray.cluster.worker import search_path
-from kfpytorch_ray.errors import KfpytorchRayError, LaunchError, LaunchInterruptedError, RunStoppedError, explain
+from kfpytorch_ray.errors import (
+    KfpytorchRayError,
+    LaunchError,
+    LaunchInterruptedError,
+    RunStoppedError,
+    StorageError,
+    explain,
+)
 from kfpytorch_ray.plan import Contract
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import read_outcome
@@ -42,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 _LOOK_S = 1.0
+_LONGEST_LOOK_S = 5.0
 _OTHERS_WAIT_S = 3600.0
 """How long results of other pods may be on their way once a pod has brought its own."""
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's name
@@ -136,14 +144,24 @@ class _Pod:
         return self.folder.upload(result_name(rank), [map_spooled(Path(path)).data])
 
     def _wait_for_others(self) -> int:
-        deadline = time.monotonic() + _OTHERS_WAIT_S
-        while read_outcome(self.folder) is None and not settle_success(self.folder):
+        deadline, pause_s = time.monotonic() + _OTHERS_WAIT_S, _LOOK_S
+        while not self._others_are_done():
             if time.monotonic() > deadline:
                 logger.error("The other pods have not brought their results within %g s.", _OTHERS_WAIT_S)
                 return EXIT_FAILED
-            time.sleep(_LOOK_S)
+            time.sleep(pause_s)
+            # Every pod that waits reads what all have left.
+            pause_s = min(1.5 * pause_s, _LONGEST_LOOK_S)
             raise_if_lost()
         return 0
+
+    def _others_are_done(self) -> bool:
+        try:
+            return read_outcome(self.folder) is not None or settle_success(self.folder)
+        except StorageError as error:
+            # What this pod has brought is there; a storage that is away for a moment must not make it worthless.
+            logger.warning("It is not known now whether the other pods are done: %s", error)
+            return False
 
     def _failed(self, error: KfpytorchRayError, budget: str) -> int:
         sys.stderr.write(f"{error}\n")

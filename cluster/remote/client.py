@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import logging
 import math
+import os
 import ssl
 import threading
 import time
@@ -84,7 +85,7 @@ class JobClient(JobSubmissionClient):
     @property
     def websocket(self) -> dict[str, Any]:
         """How aiohttp's ``ws_connect`` reaches the same server."""
-        return {"headers": self._headers, "ssl": True if self._ssl_context is None else self._ssl_context}
+        return {"headers": self._headers, "ssl": _trusted() if self._ssl_context is None else self._ssl_context}
 
     def version(self) -> dict[str, Any]:
         """What the cluster says of itself: ``ray_version``, ``session_name`` and more.
@@ -207,6 +208,15 @@ class JobClient(JobSubmissionClient):
 def client_of(options: RayBackend, address: str) -> JobClient:
     """The client that the options ask for."""
     return JobClient(address, options.headers, options.verify)
+
+
+def _trusted() -> ssl.SSLContext | bool:
+    """What requests trusts by default, which asks these variables and aiohttp does not."""
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if not bundle:
+        return True
+    folder = os.path.isdir(bundle)
+    return ssl.create_default_context(cafile=None if folder else bundle, capath=bundle if folder else None)
 
 
 def _odd(answer: requests.Response) -> str:

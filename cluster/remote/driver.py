@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
-
+from kfpytorch_ray.cluster.fetching import stored
 from kfpytorch_ray.cluster.interruption import TERMINATED, interruptible
 from kfpytorch_ray.cluster.launching import Launched, run_request
 from kfpytorch_ray.cluster.remote.lease import LeaseWatch
@@ -25,7 +25,7 @@ from kfpytorch_ray.cluster.remote.outcome import NOTHING, Record, result_name, w
 from kfpytorch_ray.cluster.remote.staged import read_request
 from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
-from kfpytorch_ray.errors import KfpytorchRayError, RunStoppedError, StorageError, explain
+from kfpytorch_ray.errors import KfpytorchRayError, LaunchError, RunStoppedError, StorageError, explain
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import DRIVER_LOG, MANIFEST, read_outcome
 from kfpytorch_ray.storage import Digest, Storage
@@ -80,6 +80,14 @@ def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: Lease
         _write_success(folder, launched)
     except KfpytorchRayError as error:
         return _fail(folder, error, EXIT_FAILED)
+    except Exception as error:
+        logger.exception("The driver of this run has failed.")
+        message = explain(
+            f"{request.setup.name}: the driver of the run failed by an error that it does not know.",
+            f"{type(error).__name__}: {error}",
+            "Look into the last lines of its log; launch again.",
+        )
+        return _fail(folder, LaunchError(message, time.time()), EXIT_FAILED)
     except (SystemExit, KeyboardInterrupt):
         if _has_succeeded(folder):
             # It was asked in the instant after it said so.
@@ -91,8 +99,14 @@ def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: Lease
 
 
 def _write_success(folder: Storage, launched: Launched) -> None:
-    with ThreadPoolExecutor(_UPLOADS_AT_A_TIME, "kfpytorch-ray-upload") as pool:
-        digests = list(pool.map(partial(_upload, folder), range(len(launched.refs)), launched.refs))
+    try:
+        with ThreadPoolExecutor(_UPLOADS_AT_A_TIME, "kfpytorch-ray-upload") as pool:
+            digests = list(pool.map(partial(_upload, folder), range(len(launched.refs)), launched.refs))
+    except LaunchError as error:
+        # A node with results was lost: what became of the ranks is known all the same.
+        error.add("", launched.rounds)
+        error.report = launched.report
+        raise
     results = tuple((digest.sha256, digest.size_bytes) for digest in digests)
     write_outcome(folder, RunStatus.SUCCEEDED, Record(launched.rounds, report=launched.report), results)
 
@@ -105,7 +119,7 @@ def _has_succeeded(folder: Storage) -> bool:
 
 
 def _upload(folder: Storage, rank: int, ref: Any) -> Digest:
-    spooled = ray.get(ref)
+    spooled = stored(ref, rank)
     return NOTHING if spooled is None else folder.upload(result_name(rank), [spooled.data])
 
 

@@ -139,7 +139,9 @@ class RemoteRun:
             pause = threading.Event()
             with LeaseKeeper(self._folder, self._manifest.lease_s):
                 for _ in self._looks(None):
-                    yield from files.new_lines()
+                    # For how long a storage may be away, the looks decide.
+                    with contextlib.suppress(StorageError):
+                        yield from files.new_lines()
                     pause.wait(_COPY_LOOK_S)
         yield from files.new_lines(last=True)
 

@@ -86,7 +86,7 @@ class LogTail:
         tries = 0
         while True:
             before = self._received
-            async with aiohttp.ClientSession(timeout=timeout) as session:
+            async with aiohttp.ClientSession(timeout=timeout, trust_env=True) as session:
                 try:
                     await self._receive(session)
                 except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from kfpytorch_ray.cluster.kube import pytorch_pod
 from kfpytorch_ray.cluster.kube.pod_reports import PodReport, folder_of, report, settle_success
 from kfpytorch_ray.cluster.kube.pod_request import PodRequest
 from kfpytorch_ray.cluster.remote.outcome import Record, result_name
+from kfpytorch_ray.errors import StorageError
 from kfpytorch_ray.payload import dump_payload, load_payload
 from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
@@ -130,6 +132,22 @@ def test_a_pod_waits_for_the_others_results(run: Storage, first: subprocess.Pope
     returned(run, 1, "other")
     assert first.wait(60) == 0
     assert state_of(run) == RunStatus.SUCCEEDED.value
+
+
+def test_a_storage_that_is_away_for_a_moment_is_waited_for(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a pod whose results are there: to fail would make them worthless."""
+    answers: list[bool | Exception] = [StorageError("slow down"), False, StorageError("slow down"), True]
+
+    def settle(_: Storage) -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(pytorch_pod, "_LOOK_S", 0.01)
+    monkeypatch.setattr(pytorch_pod, "settle_success", settle)
+    assert pytorch_pod._Pod(run, Path(run.uri))._wait_for_others() == 0
+    assert not answers
 
 
 def returned(run: Storage, rank: int, name: str) -> None:

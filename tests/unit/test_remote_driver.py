@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import sample_reports
+from ray.exceptions import OwnerDiedError
 
 from kfpytorch_ray import RayBackend
+from kfpytorch_ray.cluster import fetching
 from kfpytorch_ray.cluster.launching import Launched
 from kfpytorch_ray.cluster.remote import driver
 from kfpytorch_ray.cluster.remote.driver import main
-from kfpytorch_ray.cluster.remote.outcome import write_outcome
+from kfpytorch_ray.cluster.remote.outcome import read_record, write_outcome
+from kfpytorch_ray.results import Ending, RoundRecord
 from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest, read_outcome
 from kfpytorch_ray.storage import Storage, digest_of
 
@@ -90,6 +93,50 @@ def test_a_driver_that_is_stopped_in_the_instant_after_its_success(
     left = read_outcome(folder)
     assert left is not None
     assert left.state == "succeeded"
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """A launch of one rank that has succeeded."""
+    rounds = (RoundRecord(0, 1, ("node",), 1.0, 2.0, (), Ending.SUCCEEDED),)
+    done = Launched(("its result",), rounds, sample_reports.success())
+    monkeypatch.setattr(driver, "read_request", lambda *_: (RUN, (Request(), RayBackend())))
+    monkeypatch.setattr(driver, "run_request", lambda *_, **__: done)
+    return done
+
+
+def test_a_node_that_is_lost_with_a_result(
+    folder: Storage, launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said which, and what became of the ranks."""
+
+    def get(ref: str) -> None:
+        raise OwnerDiedError("", None, "")
+
+    monkeypatch.setattr(fetching.ray, "get", get)
+    assert main(f"{folder.uri}#00") == 1
+    left = read_outcome(folder)
+    assert left is not None
+    assert (left.state, left.error) == ("failed", "NodeLostError")
+    assert "result of rank 0 is lost" in left.message
+    record = read_record(folder, left)
+    assert record.rounds == launched.rounds
+    assert record.error is not None
+    assert record.error.report == launched.report
+
+
+def test_a_driver_that_fails_by_itself(folder: Storage, launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody thought of is an outcome, too: without one the run would count as killed."""
+
+    def get(ref: str) -> None:
+        raise KeyError("unheard of")
+
+    monkeypatch.setattr(fetching.ray, "get", get)
+    assert main(f"{folder.uri}#00") == 1
+    left = read_outcome(folder)
+    assert left is not None
+    assert (left.state, left.error) == ("failed", "LaunchError")
+    assert "KeyError: 'unheard of'" in left.message
 
 
 def test_a_run_whose_request_was_removed(folder: Storage, capsys: pytest.CaptureFixture[str]) -> None:
