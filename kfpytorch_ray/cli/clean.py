@@ -35,24 +35,27 @@ class Kept:
     why: str
 
 
-def sort_out(runs: list[RunSummary], known: dict[str, Standing], now: float) -> tuple[list[RunSummary], list[Kept]]:
+def sort_out(
+    runs: list[RunSummary], known: dict[str, Standing], now: float, *, unknown: bool
+) -> tuple[list[RunSummary], list[Kept]]:
     """Which of the runs whose time is over are removed, and which stay.
 
     Args:
         runs: Whose time is over.
         known: Where they stand, by id.
         now: Seconds since the epoch.
+        unknown: Whether those are removed, too, whose cluster could not be asked.
     """
     removed, kept = [], []
     for run in runs:
-        if why := _why_kept(run, known[run.manifest.run_id], now):
+        if why := _why_kept(run, known[run.manifest.run_id], now, unknown=unknown):
             kept.append(Kept(run, why))
         else:
             removed.append(run)
     return removed, kept
 
 
-def _why_kept(run: RunSummary, standing: Standing, now: float) -> str:
+def _why_kept(run: RunSummary, standing: Standing, now: float, *, unknown: bool) -> str:
     """What speaks against the removal; empty if nothing does."""
     if run.outcome is not None or standing.status is RunStatus.STOPPED:
         return ""
@@ -60,7 +63,10 @@ def _why_kept(run: RunSummary, standing: Standing, now: float) -> str:
         return str(standing)
     # A cluster that does not know it may be another one, behind the same address of a tunnel.
     left_s = run.manifest.created_at + run.manifest.retention_s - now
-    return f"{standing}, for another {span(left_s)}" if left_s > 0 else ""
+    if left_s > 0:
+        return f"{standing}, for another {span(left_s)}"
+    # It may train for longer than that, on a cluster that is away for a moment.
+    return f"{standing}: --older-than removes it" if standing.status is None and not unknown else ""
 
 
 @click.command()
@@ -84,7 +90,8 @@ def gc(
     """Remove from the storage what old runs have left.
 
     Old is a run whose retention is over. A run at work stays; one that has left no outcome, and whose cluster does not
-    say that it was stopped, stays for its retention. What launches that were cut short and clusters that were looked at
+    say that it was stopped, stays for its retention, and for longer where the cluster cannot be asked, unless
+    --older-than is given. What launches that were cut short and clusters that were looked at
     have left goes after a day. Outputs and checkpoints of functions are never removed. The RayJob or PyTorchJob of a
     run that is removed goes as well, where its cluster can be reached.
     """
@@ -92,7 +99,7 @@ def gc(
     place = reach.open_storage()
     now = time.time()
     old = expired_runs(place, older_than, now)
-    removed, kept = sort_out(old, standings(old, reach), now)
+    removed, kept = sort_out(old, standings(old, reach), now, unknown=older_than is not None)
     failed: list[tuple[str, StorageError]] = []
     for run in removed:
         run_id = run.manifest.run_id

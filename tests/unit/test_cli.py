@@ -544,7 +544,10 @@ def test_gc_removes_what_was_cut_short(detached: Any, storage: Storage, tmp_path
 
 
 def test_gc_removes_what_is_over_and_nothing_that_may_be_at_work(detached: Any, storage: Storage) -> None:
-    """Without an outcome only what its cluster says was stopped, or whose retention is over."""
+    """Without an outcome only what its cluster says was stopped, or whose retention is over.
+
+    On a cluster that does not answer it may be at work for all that.
+    """
     a_run(storage, "kfr-old", "succeeded", age_s=8 * DAY_S)
     a_run(storage, "kfr-new", "succeeded", age_s=6 * DAY_S)
     standing = {
@@ -564,16 +567,17 @@ def test_gc_removes_what_is_over_and_nothing_that_may_be_at_work(detached: Any, 
             else:
                 run.now = status
     before = {run["run_id"] for run in json.loads(cli("list", "--all", "--json").stdout)}
-    expired = {"kfr-old", "kfr-stopped-9", "kfr-lost-9", "kfr-mute-9"}
+    expired = {"kfr-old", "kfr-stopped-9", "kfr-lost-9"}
     done = cli("gc", "--dry-run")
     assert {line.split()[-1] for line in done.stdout.splitlines()} == expired
     assert {run["run_id"] for run in json.loads(cli("list", "--all", "--json").stdout)} == before
     done = cli("gc")
     assert done.exit_code == 0
     assert "kept kfr-running-9: running" in done.stderr
+    assert "kept kfr-mute-9: unknown (cluster does not answer): --older-than removes it" in done.stderr
     assert {run["run_id"] for run in json.loads(cli("list", "--all", "--json").stdout)} == before - expired
     shown = json.loads(cli("gc", "--older-than", "1d", "--json").stdout)
-    assert set(shown["removed"]) == {"kfr-new", "kfr-stopped-2"}
+    assert set(shown["removed"]) == {"kfr-new", "kfr-stopped-2", "kfr-mute-9"}
     kept = {one["run_id"]: one["reason"] for one in shown["kept"]}
     assert set(kept) == {
         f"kfr-{name}" for name in ("running-2", "running-9", "pending-2", "pending-9", "lost-2", "mute-2")
