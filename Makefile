@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 
 # Much of their time the tests wait. A file stays in one process, which has a cluster of its own; long files come first.
 TEST_PROCESSES ?= 3
-SPREAD = -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+SPREAD = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 CHAOS_PROCESSES ?= 2
 LEAVE_OUT ?= tests/kubernetes
 KUBE ?= $(abspath ../shared/kube)

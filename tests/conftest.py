@@ -28,10 +28,6 @@ LONG_FILES = (
     "remote/test_head.py",
     "remote/test_shared_head.py",
     "remote/test_readme.py",
-    "kubernetes/test_pytorchjob_training.py",
-    "kubernetes/test_kuberay_cluster.py",
-    "kubernetes/test_kuberay_training.py",
-    "kubernetes/test_ray_operator.py",
     "chaos/test_nodes.py",
     "ray/test_launch.py",
     "ray/test_warm.py",
@@ -50,6 +46,10 @@ LONG_FILES = (
     "ray/test_cluster.py",
     "ray/test_inspection.py",
     "contract/test_kubeflow_execution.py",
+    "kubernetes/test_pytorchjob_training.py",
+    "kubernetes/test_kuberay_cluster.py",
+    "kubernetes/test_kuberay_training.py",
+    "kubernetes/test_ray_operator.py",
     "unit/test_agent.py",
 )
 """What takes longer than half a minute. About the longest first, but files that share something stay together: a head,
@@ -75,22 +75,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Among several processes long files come first, so that none is alone with one at the end.
 
-    By --dist loadgroup --no-loadscope-reorder, pytest-xdist gives each process the next group, in this order. A file is
-    one, and all that needs a control plane, because each process that has such tests starts one.
+    pytest-xdist gives each process the next file, in this order where it is told --no-loadscope-reorder.
     """
     here = Path(__file__).parent
     assert not [name for name in LONG_FILES if not (here / name).is_file()]
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    places = {here / name: place for place, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
-    for item in items:
-        kubernetes = item.path.parent == here / "kubernetes"
-        item.add_marker(pytest.mark.xdist_group("kubernetes" if kubernetes else str(item.path.relative_to(here))))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {here / name: place for place, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture
