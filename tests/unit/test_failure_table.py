@@ -81,6 +81,7 @@ SCENARIOS: dict[str, Callable[[], tuple[str, str]]] = {
     "an agent dies": lambda: launch(lost, lost=1),
     "a node is lost": lambda: launch(lost, lost=1),
     "a node falls silent": lambda: launch(lost, lost=1),
+    "the driver stands still (Ctrl-Z, a laptop that slept)": lambda: launch(lost),
     "Ray is about to take a node away (pre-emption)": lambda: launch(
         rounds(rank(Outcome.STOPPED), ending=Ending.DRAINED)
     ),
