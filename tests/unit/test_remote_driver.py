@@ -20,7 +20,7 @@ from kfpytorch_ray.cluster.remote import driver
 from kfpytorch_ray.cluster.remote.driver import main
 from kfpytorch_ray.cluster.remote.outcome import read_record, write_outcome
 from kfpytorch_ray.results import Ending, RoundRecord
-from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest, read_outcome
+from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest, Outcome, read_outcome
 from kfpytorch_ray.storage import Storage, digest_of
 
 RUN = Manifest("kfr-one", "train", "ray", "s3://bucket", "http://head:8265", 0.0, "ada", "1", 1, 60.0)
@@ -105,19 +105,26 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     return done
 
 
-def test_a_node_that_is_lost_with_a_result(
-    folder: Storage, launched: Launched, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is said which, and what became of the ranks."""
+def failed_fetching(error: Exception, folder: Storage, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """What a run leaves whose driver cannot have a result."""
 
     def get(ref: str) -> None:
-        raise OwnerDiedError("", None, "")
+        raise error
 
     monkeypatch.setattr(fetching.ray, "get", get)
     assert main(f"{folder.uri}#00") == 1
     left = read_outcome(folder)
     assert left is not None
-    assert (left.state, left.error) == ("failed", "NodeLostError")
+    assert left.state == "failed"
+    return left
+
+
+def test_a_node_that_is_lost_with_a_result(
+    folder: Storage, launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said which, and what became of the ranks."""
+    left = failed_fetching(OwnerDiedError("", None, ""), folder, monkeypatch)
+    assert left.error == "NodeLostError"
     assert "result of rank 0 is lost" in left.message
     record = read_record(folder, left)
     assert record.rounds == launched.rounds
@@ -127,15 +134,8 @@ def test_a_node_that_is_lost_with_a_result(
 
 def test_a_driver_that_fails_by_itself(folder: Storage, launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that nobody thought of is an outcome, too: without one the run would count as killed."""
-
-    def get(ref: str) -> None:
-        raise KeyError("unheard of")
-
-    monkeypatch.setattr(fetching.ray, "get", get)
-    assert main(f"{folder.uri}#00") == 1
-    left = read_outcome(folder)
-    assert left is not None
-    assert (left.state, left.error) == ("failed", "LaunchError")
+    left = failed_fetching(KeyError("unheard of"), folder, monkeypatch)
+    assert left.error == "LaunchError"
     assert "KeyError: 'unheard of'" in left.message
 
 
