@@ -17,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from kfpytorch_ray import checkpoint, heartbeat
 from kfpytorch_ray.checkpoint import WorkerCheckpoint
+from kfpytorch_ray.flyte_files import whole_downloads
 from kfpytorch_ray.heartbeat import PAGE_VARIABLE, HeartbeatPage
 
 
@@ -187,6 +188,17 @@ def test_it_is_restored_to_the_folder_that_is_given(place: str, tmp_path: Path) 
         assert (tmp_path / name / SyncCheckpoint.TMP_DST_PATH).read_bytes() == b"x"
     with pytest.raises(ValueError, match=r"cannot be restored(?s:.*)Why:(?s:.*)Fix:"):
         ours.restore(tmp_path / "absent")
+
+
+def test_a_folder_that_was_restored_to_before_takes_what_is_newer(place: str, tmp_path: Path) -> None:
+    """Under the Flyte context of a worker, too: the next round restores to the folder of the one before."""
+    ours = WorkerCheckpoint(place)
+    (tmp_path / "folder").mkdir()
+    for round_index in (b"0", b"1"):
+        ours.write(round_index)
+        with whole_downloads():
+            ours.restore(tmp_path / "folder")
+        assert (tmp_path / "folder" / SyncCheckpoint.TMP_DST_PATH).read_bytes() == round_index
 
 
 def test_reading_several_files_is_refused_with_the_way_out(place: str, tmp_path: Path) -> None:

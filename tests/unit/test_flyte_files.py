@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +14,7 @@ import fsspec
 import pytest
 from flytekit import FlyteContextManager, FlyteDirectory, FlyteFile
 from flytekit.core.data_persistence import FileAccessProvider
+from pydantic import BaseModel
 
 from kfpytorch_ray.flyte_files import upload_files, whole_downloads
 from kfpytorch_ray.payload import dump_payload, load_payload
@@ -19,6 +23,18 @@ from kfpytorch_ray.payload import dump_payload, load_payload
 class Trained(NamedTuple):
     model: FlyteFile
     accuracy: float
+
+
+@dataclass(frozen=True)
+class Report:
+    model: FlyteFile
+    others: list[FlyteFile] = field(default_factory=list)
+    loss: float = 0.5
+
+
+class Card(BaseModel):
+    report: Report
+    name: str = "digits"
 
 
 @pytest.fixture
@@ -68,10 +84,27 @@ def test_a_destination_of_the_users_is_kept(store: str, tmp_path: Path) -> None:
     assert upload_files(stays) is stays
 
 
+def test_files_of_dataclasses_and_of_models_are_uploaded(store: str, tmp_path: Path) -> None:
+    """As flytekit's own transformers do with those that it finds in them; what was given stays as it is."""
+    first, second = (FlyteFile(written(tmp_path / name, name)) for name in ("a", "b"))
+    given = Card(report=Report(first, [second]))
+    card = upload_files(given)
+    assert [read(file.path) for file in (card.report.model, *card.report.others)] == ["a", "b"]
+    assert (type(card), card.name, type(card.report), card.report.loss) == (Card, "digits", Report, 0.5)
+    assert given.report.model is first
+    assert upload_files(card) is card
+
+
 def test_a_value_without_local_files_is_the_same_object(store: str) -> None:
-    """Output metadata is found by the identity of the value."""
-    value = ({"x": [1, 2]}, FlyteFile("s3://bucket/key"))
-    assert upload_files(value) is value
+    """Output metadata is found by the identity of the value, which may be one that contains itself."""
+    endless: list[object] = [{"x": [1, 2]}, FlyteFile("s3://bucket/key")]
+    endless.append(endless)
+    deep: object = ()
+    for _ in range(10_000):
+        deep = (deep,)
+    for value in (endless, deep):
+        assert upload_files(value) is value
+    assert load_payload(dump_payload(len, (endless,)))() == 3
 
 
 def test_what_was_staged_is_uploaded_again(store: str, tmp_path: Path) -> None:
@@ -122,6 +155,43 @@ def test_folders_and_files_are_downloaded_whole(kind: str, store: str) -> None:
         for value in (made, other):
             path = Path(value)
             assert (path if kind == "file" else path / "a.txt").read_text() == "line"
+
+
+@pytest.mark.parametrize("form", ["full", "linked", "absent", "long name"])
+def test_a_folder_that_is_there_takes_what_is_downloaded(form: str, store: str, tmp_path: Path) -> None:
+    """As without us: what is new comes beside or in the place of what was there, and nothing else is left."""
+    for name, text in (("a", "new"), ("deep/b", "new")):
+        with fsspec.open(f"{store}/data/{name}", "w") as file:
+            file.write(text)
+    target = tmp_path / ("n" * 250 if form == "long name" else "target")
+    if form == "full":
+        written(target / "a", "old")
+        written(target / "deep" / "kept", "old")
+    elif form == "linked":
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / "elsewhere")
+    found: dict[bool, dict[str, str]] = {}
+    for whole in (False, True):
+        twin = shutil.copytree(target, tmp_path / "twin" / target.name) if form == "full" and not whole else target
+        with whole_downloads() if whole else nullcontext():
+            FlyteContextManager.current_context().file_access.get_data(f"{store}/data", str(twin), is_multipart=True)
+        found[whole] = {str(path.relative_to(twin)): path.read_text() for path in twin.rglob("*") if path.is_file()}
+    assert found[True] == found[False]
+    assert found[True].items() >= {"a": "new", "deep/b": "new"}.items()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_is_downloaded_into_a_folder_that_is_there(store: str, tmp_path: Path) -> None:
+    """By its name; one that cannot be had leaves nothing."""
+    with fsspec.open(f"{store}/data", "w") as file:
+        file.write("line")
+    (tmp_path / "target").mkdir()
+    with whole_downloads():
+        access = FlyteContextManager.current_context().file_access
+        access.get_data(f"{store}/data", str(tmp_path / "target"))
+        with pytest.raises(Exception, match="absent"):
+            access.get_data(f"{store}/absent", str(tmp_path / "target" / "other"))
+    assert [(path.name, path.read_text()) for path in (tmp_path / "target").iterdir()] == [("data", "line")]
 
 
 def test_a_file_that_was_opened_elsewhere_is_downloaded_here(store: str) -> None:
