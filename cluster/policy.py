@@ -152,8 +152,12 @@ def _lost_a_node(ended: RoundRecord) -> bool:
 
 
 def _same_again(cause: RankRecord, rounds: Sequence[RoundRecord]) -> bool:
-    """Whether the rank that is the cause failed like this in the round before, be it as the first or with others."""
-    if len(rounds) < 2 or cause.outcome is not Outcome.RAISED or not _without_progress(cause, rounds[-1]):
+    """Whether the rank that is the cause failed like this in the round before, be it as the first or with others.
+
+    An exception that asks to be tried again is, whatever it was before.
+    """
+    is_crash = cause.outcome is Outcome.RAISED and not cause.recoverable
+    if len(rounds) < 2 or not is_crash or not _without_progress(cause, rounds[-1]):
         return False
     return any(
         (rank.outcome, rank.rank, rank.traceback) == (cause.outcome, cause.rank, cause.traceback)

@@ -100,10 +100,10 @@ CODES = {
         "PayloadError",
         "UnknownRunError",
         "ResultCollectedError",
+        "InfeasibleError",
     },
     ExitCode.NO_NODES: {
         "PlacementError",
-        "InfeasibleError",
         "PlacementTimeoutError",
         "NodeLostError",
         "RunLostError",

@@ -166,6 +166,12 @@ def test_crashes_that_differ_or_come_late_are_tried_again(one: RoundRecord, othe
     assert decided(one, other, spent=Spent(1)) == Retry((0, 1), Spent(2))
 
 
+def test_what_asks_to_be_tried_again_is_tried_as_often_as_there_are_restarts() -> None:
+    """A ``FlyteRecoverableException`` comes from the same place each time that a service is away."""
+    away = round_of(record(0, Outcome.RAISED, "FlyteRecoverableException", traceback="at line 7", recoverable=True))
+    assert decided(away, away, spent=Spent(1)) == Retry((0, 1), Spent(2))
+
+
 def test_a_crash_is_not_the_same_as_one_before_another_failure() -> None:
     """In a row means in a row."""
     between = round_of(record(0, Outcome.KILLED, "killed by SIGKILL"), record(1, Outcome.STOPPED))
