@@ -7,13 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from flytekit import Resources
+
 from kfpytorch_ray.backends import BACKEND_VARIABLE, BackendChoice, choose_backend
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.cli.options import headers, overlaid
 from kfpytorch_ray.cli.targets import Target
 from kfpytorch_ray.cli.travel import working_dir_for
-from kfpytorch_ray.config import DEFAULT_WORKING_DIR_EXCLUDES, Elastic, KubeRayBackend, RayBackend
+from kfpytorch_ray.config import (
+    DEFAULT_WORKING_DIR_EXCLUDES,
+    Elastic,
+    KubeflowBackend,
+    KubeRayBackend,
+    RayBackend,
+)
 from kfpytorch_ray.errors import ConfigError, explain
+
+_OF_PODS = ("image", "namespace", "context")
+_REQUESTS = {"CPU": "cpu", "GPU": "gpu", "memory": "mem"}
+"""What Kubernetes is asked for, by Ray's names."""
 
 DEFAULT_BACKEND = RayBackend.name
 """Of this command line, where nobody has chosen one. A task's default is kubeflow, upstream's."""
@@ -51,6 +63,9 @@ def elastic_of(target: Target, wanted: Wanted) -> Elastic:
     choice = _choice(target, base, wanted)
     options = dict(wanted.options)
     before: Any = choice.options
+    makes_pods = _makes_pods(choice, options)
+    if makes_pods and "resources_per_node" in options:
+        options["requests"] = _requests(options.pop("resources_per_node"))
     if choice.name == RayBackend.name and (found := headers()) is not None:
         options["headers"] = {**getattr(before, "headers", {}), **found}
     if wanted.env:
@@ -60,18 +75,42 @@ def elastic_of(target: Target, wanted: Wanted) -> Elastic:
     if wanted.runtime_env:
         options["runtime_env"] = {**(getattr(before, "runtime_env", None) or {}), **wanted.runtime_env}
     unnamed = options.get("working_dir") is None and getattr(before, "working_dir", None) is None
-    if unnamed and (folder := _working_dir(target, choice, options)) is not None:
+    if unnamed and (folder := _working_dir(target, choice, options, makes_pods)) is not None:
         options["working_dir"] = folder
     return replace(base, **wanted.elastic, backend=overlaid(choice.name, before, options) or choice.name)
 
 
-def _working_dir(target: Target, choice: BackendChoice, options: Mapping[str, Any]) -> str | None:
+def _working_dir(target: Target, choice: BackendChoice, options: Mapping[str, Any], makes_pods: bool) -> str | None:
     if choice.name == RayBackend.name:
         return working_dir_for(target, options.get("address") or getattr(choice.options, "address", None))
-    if choice.name == KubeRayBackend.name or getattr(choice.options, "creates_job", False):
-        # Always elsewhere.
-        return working_dir_for(target, choice.name)
-    return None
+    # Pods are always elsewhere.
+    return working_dir_for(target, choice.name) if makes_pods else None
+
+
+def _makes_pods(choice: BackendChoice, options: Mapping[str, Any]) -> bool:
+    """Whether this process has an operator make pods, as the kubeflow backend does only where it is told how."""
+    if choice.name == KubeRayBackend.name:
+        return True
+    told = {name: options[name] for name in _OF_PODS if name in options}
+    return choice.name == KubeflowBackend.name and getattr(
+        overlaid(choice.name, choice.options, told), "creates_job", False
+    )
+
+
+def _requests(amounts: Mapping[str, float]) -> Resources:
+    if unknown := amounts.keys() - _REQUESTS.keys():
+        problem = explain(
+            f"--resources: a pod has no {', '.join(sorted(unknown))} that could be asked for here.",
+            "Other resources than these need an options object.",
+            f"Name {', '.join(_REQUESTS)} only, or a task with a KubeRayBackend or KubeflowBackend that says the rest.",
+        )
+        raise ConfigError("kfpytorch-ray", (problem,))
+    return Resources(**{_REQUESTS[name]: _quantity(amount) for name, amount in amounts.items()})
+
+
+def _quantity(amount: float) -> str:
+    """As Kubernetes has it, which knows thousandths at the finest."""
+    return str(int(amount)) if amount.is_integer() else f"{amount * 1000:.0f}m"
 
 
 def _base(target: Target) -> Elastic:

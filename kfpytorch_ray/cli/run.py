@@ -28,7 +28,10 @@ from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
 
 _ELASTIC = ("nnodes", "nproc_per_node", "max_restarts")
-_BACKEND = ("address", "storage", "working_dir", "resources_per_node", "lease_s", "on_interrupt", "verify", "logs")
+_BACKEND = (
+    *("address", "storage", "working_dir", "resources_per_node", "lease_s", "on_interrupt", "verify", "logs"),
+    *("image", "namespace", "context"),
+)
 """Our options by the fields of ``Elastic`` and of the backend's options object that they are."""
 
 
@@ -50,7 +53,7 @@ _BACKEND = ("address", "storage", "working_dir", "resources_per_node", "lease_s"
     "resources_per_node",
     type=amounts,
     metavar="NAME=AMOUNT,...",
-    help="Ray resources of a node, such as CPU=8,GPU=1,memory=64Gi. The default is the task's, else one CPU for each "
+    help="Resources of a node, such as CPU=8,GPU=1,memory=64Gi. The default is the task's, else one CPU for each "
     "worker.",
 )
 @click.option(
@@ -61,6 +64,9 @@ _BACKEND = ("address", "storage", "working_dir", "resources_per_node", "lease_s"
 )
 @storage_option
 @click.option("--backend", metavar="NAME", help="The default is the task's, else ray.")
+@click.option("--image", metavar="IMAGE", help="Of all pods, for the backends kuberay and kubeflow.")
+@click.option("--namespace", metavar="NAME", help="Of those pods. The default is that of the context.")
+@click.option("--context", metavar="NAME", help="Of the kubeconfig. The default is its current one.")
 @click.option(
     "--working-dir",
     type=click.Path(exists=True, file_okay=False),

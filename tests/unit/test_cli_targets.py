@@ -273,6 +273,20 @@ def test_what_travels_is_laid_over_the_tasks_own(flow: Any) -> None:
         elastic_of(flow("kubeflow"), Wanted(options=options))
 
 
+@pytest.mark.parametrize(("function", "backend"), [("plain", "kuberay"), ("plain", "kubeflow"), ("kuberay", None)])
+def test_pods_can_be_asked_for_on_the_command_line(flow: Any, function: str, backend: str | None) -> None:
+    """Of a plain function, too; resources are what Kubernetes calls them."""
+    pods = {"image": "train:1", "namespace": "training", "context": "lab"}
+    asked = {"resources_per_node": amounts("CPU=8,GPU=1,memory=64Gi"), "storage": "s3://bucket", **pods}
+    made: Any = elastic_of(flow(function), Wanted(backend=backend, options=asked)).backend
+    assert (made.image, made.namespace, made.context, made.storage) == (*pods.values(), "s3://bucket")
+    assert made.requests == Resources(cpu="8", gpu="1", mem=str(64 * 2**30))
+    half = Wanted(backend="kuberay", options={"resources_per_node": {"CPU": 0.5}})
+    assert elastic_of(flow("plain"), half).backend.requests == Resources(cpu="500m")  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"a pod has no TPU(?s:.*)Fix: Name CPU, GPU, memory only"):
+        elastic_of(flow("plain"), Wanted(backend="kuberay", options={"resources_per_node": {"TPU": 1.0}}))
+
+
 def test_amounts_and_runtime_environments_as_they_are_typed(tmp_path: Path) -> None:
     """Quantities as Kubernetes has them; YAML or JSON in a file, JSON on the command line."""
     assert amounts("CPU=8, GPU=0.5,memory=64Gi") == {"CPU": 8.0, "GPU": 0.5, "memory": 64.0 * 2**30}
