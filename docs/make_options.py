@@ -38,7 +38,7 @@ VARIABLES = """
 |---|---|
 | `KFPYTORCH_RAY_BACKEND` | the backend where a config names none; a task's `environment` comes before the process's |
 | `KFPYTORCH_RAY_STORAGE` | the storage of remote runs where `storage` or `--storage` is not given |
-| `KFPYTORCH_RAY_PROGRESS` | `0` silence, `plain` lines, `rich` the bar. Default: the bar in a terminal, lines elsewhere |
+| `KFPYTORCH_RAY_PROGRESS` | `0` silence, `plain` lines, `rich` the bar. Default: the bar in a terminal, else lines |
 | `KFPYTORCH_RAY_ROUTE_UPSTREAM` | `1` as `kfpytorch_ray.route_upstream()`, for programs that are not to be edited |
 | `RAY_ADDRESS` | as for Ray: the cluster where `address` is not given; of the commands the job API's address |
 | `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` | as for Ray: the token for its job API |
