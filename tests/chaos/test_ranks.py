@@ -10,9 +10,11 @@ import training
 from training import Log, job, train
 
 from kfpytorch_ray import (
+    DeadlineExceededError,
     PayloadError,
     RecoverableWorkerError,
     ResultError,
+    RunPolicy,
     WorkerFailedError,
     WorkerHungError,
     launch,
@@ -65,6 +67,26 @@ def test_rank_is_killed(log: Log, run: int) -> None:
     assert failed.ranks[run % 2].exit_code == -signum
     assert succeeded.succeeded
     assert log.at_most_one_step_was_lost()
+
+
+@pytest.mark.row("the same rank fails at the same place twice")
+def test_rank_fails_at_the_same_place(log: Log) -> None:
+    """It is not tried a third time, although some restarts are left."""
+    with pytest.raises(WorkerFailedError, match=r"no such column(?s:.*)not tried again") as caught:
+        launch(train, log, misbehave=training.raise_at_once, elastic=job(2, max_restarts=5))
+    assert [record.ending for record in caught.value.rounds] == [Ending.FAILED] * 2
+
+
+@pytest.mark.row("active_deadline_seconds has passed")
+def test_deadline_passes(log: Log) -> None:
+    """All ranks are stopped, and no restart is spent on that."""
+    elastic = job(2, max_restarts=5)
+    elastic.run_policy = RunPolicy(active_deadline_seconds=5)
+    with pytest.raises(DeadlineExceededError, match="active_deadline_seconds") as caught:
+        launch(train, log, elastic=elastic)
+    (record,) = caught.value.rounds
+    assert record.ending is Ending.DEADLINE
+    assert [rank.outcome for rank in record.ranks] == [Outcome.STOPPED] * 2
 
 
 @pytest.mark.row("sys.exit(0) in a rank")

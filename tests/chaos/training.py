@@ -170,6 +170,12 @@ def raise_recoverable(rank: int, step: int, restarts: int) -> None:
         raise FlyteRecoverableException("the data server is away")
 
 
+def raise_at_once(rank: int, step: int, restarts: int) -> None:
+    """A rank raises in every round, before its first step."""
+    if rank == 1:
+        raise ValueError("no such column")
+
+
 def wait_for_a_lock_that_nobody_releases(rank: int, step: int, restarts: int) -> None:
     """A rank hangs."""
     if (rank, step) == (1, 3):
