@@ -102,19 +102,30 @@ class Zygote:
         """End it, if it was started; what was forked from it lives on."""
         if self._process is None:
             return
-        # A look that leaves it a zombie, so that its number, which is its group's, stays its own.
-        ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        # It has nothing to end, and may be in the middle of an import. What an import has started goes with it; servers
-        # have left its group.
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        try:
+            self._end(self._process)
+        finally:
+            os.close(self._lifeline)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._process, self._offer = None, None
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill it, and log what was said in it."""
+        try:
+            # A look that leaves it a zombie, so that its number, which is its group's, stays its own.
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            # It has nothing to end, and may be in the middle of an import. What an import has started goes with it;
+            # servers have left its group.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        except ChildProcessError:
+            # It ended, and its status is taken: SIGCHLD is ignored, or somebody waits for any child. Its number may be
+            # another process's by now.
+            ended = True
+        process.wait()
         if said := Path(self._folder, _OUTPUT).read_text(errors="replace").strip():
-            level = logging.INFO if ended is None else logging.WARNING
+            level = logging.WARNING if ended else logging.INFO
             logger.log(level, "While modules were imported for all agents of this machine: %s", said)
-        os.close(self._lifeline)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._process, self._offer = None, None
 
     def _start(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="kfpytorch_ray_zygote-")

@@ -227,6 +227,23 @@ def test_no_server_with_half_a_mark(zygote: Zygote, here: Path) -> None:
         assert parent(told["server"]) == agent.process.pid
 
 
+def test_a_zygote_whose_status_somebody_else_has_taken_is_closed_like_any_other(zygote: Zygote, here: Path) -> None:
+    """As where the driver's program waits for any child: neither its folder stays, nor what it was held by."""
+    before = pipes()
+    pid = process_of(zygote)
+    assert pipes() > before
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    zygote.close()
+    assert pipes() == before
+    assert not list(here.glob("*zygote*"))
+
+
+def pipes() -> set[str]:
+    links = (Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd"))
+    return {target for link in links if link.is_symlink() and (target := os.readlink(link)).startswith("pipe:")}
+
+
 def test_servers_outlive_the_zygote_that_is_no_longer_needed(zygote: Zygote, here: Path) -> None:
     """Agents may stay warm when their launch is over."""
     pid = process_of(zygote)
