@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kfpytorch_ray.cluster.spool import Spooled, parts_of
-from kfpytorch_ray.errors import ResultError, explain
+from kfpytorch_ray.errors import ResultError, explain, text_of
 from kfpytorch_ray.payload import blame_result
 from kfpytorch_ray.results import ElasticWorkerResult
 
@@ -86,7 +86,7 @@ def rebuilt_result(spooled: Spooled, rank: int) -> ElasticWorkerResult:
         raise ResultError(
             explain(
                 f"The result of rank {rank} cannot be rebuilt here.",
-                f"{type(error).__name__}: {error}",
+                text_of(error),
                 "Return values whose classes can be imported in the driver as well, such as a state dict.",
             )
         ) from error

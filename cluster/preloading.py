@@ -13,6 +13,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from kfpytorch_ray.errors import text_of
+
 _DEVICES = "/dev/nvidia"
 _JEMALLOC = "jemalloc_bg_thd"
 """What jemalloc calls its threads. pyarrow has them, which much imports that reads tables, torch._dynamo by pandas."""
@@ -77,7 +79,7 @@ def preload(names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
             importlib.import_module(name)
         # A script that reads a command line leaves by SystemExit.
         except (Exception, SystemExit) as error:  # noqa: BLE001 - who needs it imports it, and is told what is wrong
-            missing[name] = f"{type(error).__name__}: {error}"
+            missing[name] = text_of(error)
         if reason := why_refused(before, Uninheritable.now()):
             return missing, {name: reason}
     return missing, {}

@@ -190,12 +190,12 @@ class WorkerFailure:
 
     Attributes:
         stage: Where it failed.
-        message: Exception class and text.
+        message: Exception class and text; of a long text, here and in the traceback, its beginning and its end.
         traceback: As Python prints it.
         timestamp: Seconds since the epoch.
         recoverable: Whether it is a ``FlyteRecoverableException``.
         stderr_size_bytes: Size of its standard error before Python prints the traceback there.
-        exception: The pickled exception; None where it cannot be pickled.
+        exception: The pickled exception; None where it cannot be pickled, or is larger than 1 MiB.
     """
 
     stage: Stage

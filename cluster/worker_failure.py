@@ -17,11 +17,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from kfpytorch_ray import flyte_worker
 from kfpytorch_ray.cluster.protocol import WorkerFailure
+from kfpytorch_ray.errors import text_of
 from kfpytorch_ray.results import Stage
 
 _AROUND = frozenset({contextlib.__file__, flyte_worker.__file__, record.__code__.co_filename})
 _MACHINERY = str(Path(__file__).parent)
 """What stands between the start of a worker and the user's function."""
+_LONGEST_TEXT = 64 * 1024
+"""Characters of a message or of a traceback: the driver keeps them of every rank and round."""
+_LARGEST_EXCEPTION_BYTES = 2**20
+_TOO_LARGE = "kfpytorch_ray: pickled this exception is larger than 1 MiB, so no more than its text left the rank.\n"
 
 
 @contextlib.contextmanager
@@ -37,14 +42,15 @@ def failures_written(path: Path, stage: Stage) -> Iterator[None]:
     except Exception as error:
         if not path.exists():
             sys.stderr.flush()
+            exception, note = _pickled(error)
             failure = WorkerFailure(
                 stage=stage,
-                message=f"{type(error).__name__}: {error}",
-                traceback=format_traceback(error),
+                message=_shortened(text_of(error)),
+                traceback=_shortened(format_traceback(error)) + note,
                 timestamp=time.time(),
                 recoverable=isinstance(error, FlyteRecoverableException),
                 stderr_size_bytes=os.fstat(sys.stderr.fileno()).st_size,
-                exception=_pickled(error),
+                exception=exception,
             )
             # Renamed into place, so that a worker killed while it writes leaves no half of a file.
             partial = path.with_suffix(".partial")
@@ -76,10 +82,22 @@ def _is_ours(file: str) -> bool:
     return file in _AROUND or os.path.dirname(file).startswith(_MACHINERY)
 
 
-def _pickled(error: Exception) -> bytes | None:
+def _shortened(text: str) -> str:
+    """A text with its beginning and its end, where all of it is too long."""
+    left_out = len(text) - _LONGEST_TEXT
+    if left_out <= 0:
+        return text
+    half = _LONGEST_TEXT // 2
+    return f"{text[:half]}\n... {left_out} characters are left out here ...\n{text[-half:]}"
+
+
+def _pickled(error: Exception) -> tuple[bytes | None, str]:
+    """The exception, None where it cannot leave this process; and a line about it for the user, or none."""
     try:
         pickled: bytes = cloudpickle.dumps(error)
+        if len(pickled) > _LARGEST_EXCEPTION_BYTES:
+            return None, _TOO_LARGE
         pickle.loads(pickled)
     except Exception:  # noqa: BLE001 - any class of the user's may fail in any way; its text is kept
-        return None
-    return pickled
+        return None, ""
+    return pickled, ""

@@ -52,6 +52,16 @@ def explain(what: str, why: str, fix: str) -> str:
     return f"{what}\nWhy: {why}\nFix: {fix}"
 
 
+def text_of(error: BaseException) -> str:
+    """Class and text of an exception that may be a user's, whose ``__str__`` may raise anything."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - what it says of itself is lost; its class and traceback are not
+        # As Python's own tracebacks have it.
+        text = "<exception str() failed>"
+    return f"{type(error).__name__}: {text}"
+
+
 class KfpytorchRayError(Reported, Exception):
     """Root of the tree. What a launch raises once it has begun carries its report: ``error.save_html(path)``.
 
@@ -196,7 +206,8 @@ class LaunchError(KfpytorchRayError, RuntimeError):
 class WorkerFailedError(LaunchError):
     """A rank raised, exited with a code other than 0, or was killed by a signal.
 
-    The user's own exception is the ``__cause__`` where it can be rebuilt in this process.
+    The user's own exception is the ``__cause__`` where it can be rebuilt in this process, and is not larger than
+    1 MiB when it is pickled.
     """
 
 

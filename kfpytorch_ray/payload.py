@@ -18,7 +18,7 @@ from typing import Any
 
 import cloudpickle
 
-from kfpytorch_ray.errors import PayloadError, ResultError, explain
+from kfpytorch_ray.errors import PayloadError, ResultError, explain, text_of
 from kfpytorch_ray.flyte_files import forget_downloads
 from kfpytorch_ray.results import ElasticWorkerResult
 
@@ -74,7 +74,7 @@ def blame_result(result: ElasticWorkerResult, rank: int, error: Exception) -> st
                 reason,
                 "Return a value that can be pickled, such as a state dict or a path.",
             )
-    return explain(f"The result of rank {rank} cannot be pickled.", _reason(error), "Return simpler values.")
+    return explain(f"The result of rank {rank} cannot be pickled.", text_of(error), "Return simpler values.")
 
 
 def import_root(function: Callable[..., Any]) -> str | None:
@@ -127,7 +127,7 @@ def _blame(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     if not (reason := _why_not(function)):
         return explain(
             f"The call of {_name(function)} cannot be pickled.",
-            _reason(error),
+            text_of(error),
             "Pass inputs that can be pickled together.",
         )
     culprits = [
@@ -171,12 +171,8 @@ def _why_not(value: Any) -> str | None:
     try:
         _dump(value)
     except Exception as error:  # noqa: BLE001 - a class may raise anything from __reduce__
-        return _reason(error)
+        return text_of(error)
     return None
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _name(function: Callable[..., Any]) -> str:

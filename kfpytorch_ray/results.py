@@ -83,11 +83,12 @@ class RankRecord:
         outcome: How it ended.
         exit_code: Exit code, negative for a signal; None where it is not known.
         timestamp: Seconds since the epoch at which it ended.
-        message: Exception class and text, or what is known instead.
+        message: Exception class and text, or what is known instead. Of more than 64 Ki characters, here and in the
+            traceback, the middle is left out.
         traceback: The remote traceback, empty without one.
         stage: What it was doing when it raised.
         recoverable: Whether it raised ``FlyteRecoverableException``.
-        exception: The pickled exception, None where it cannot be pickled.
+        exception: The pickled exception, None where it cannot be pickled or is larger than 1 MiB.
         log_tail: Last lines of its output, at most 20.
         out_of_memory: Whether the kernel's out-of-memory killer was at work in its cgroup during the round.
         progressed: Whether it called ``progress()`` or wrote a checkpoint in this round.

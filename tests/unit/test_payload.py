@@ -64,12 +64,20 @@ def test_a_function_that_cannot_be_pickled_is_named_with_its_variable() -> None:
         dump_payload(train)
 
 
-def test_a_class_that_raises_anything_in_its_reduce_is_named_too() -> None:
+class MuteError(Exception):
+    """Says nothing of itself."""
+
+    def __str__(self) -> str:
+        raise AttributeError("code")
+
+
+@pytest.mark.parametrize("error", [KeyError("gone"), MuteError()])
+def test_a_class_that_raises_anything_in_its_reduce_is_named_too(error: Exception) -> None:
     """User classes may raise exceptions that have nothing to do with pickle."""
 
     class Handle:
         def __reduce__(self) -> Any:
-            raise KeyError("gone")
+            raise error
 
     with pytest.raises(PayloadError, match="Handle"):
         dump_payload(add, (Handle(),))
