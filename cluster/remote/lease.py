@@ -82,7 +82,11 @@ class LeaseKeeper(FolderThread):
 
 
 class LeaseWatch(FolderThread):
-    """Watches the lease of this process's run, and ends the process by SIGTERM when it has run out."""
+    """Watches the lease of this process's run, and ends the process by SIGTERM when it has run out.
+
+    Time in which the storage is away is no silence: whoever keeps the lease cannot write it then either, and has a
+    whole lease for it from the first answer on.
+    """
 
     def __init__(self, folder: Storage, lease_s: float | None) -> None:
         super().__init__(folder, lease_s)
@@ -93,10 +97,18 @@ class LeaseWatch(FolderThread):
         self.fix = "Launch it again."
 
     def _do(self) -> None:
-        now = self._folder.read(LEASE)
-        if now != self._seen:
-            self._seen, self._changed_at = now, time.monotonic()
-        elif time.monotonic() - self._changed_at > self._lease_s and not self.reason:
+        asked_at = time.monotonic()
+        try:
+            now = self._folder.read(LEASE)
+        except StorageError:
+            self._changed_at = time.monotonic()
+            raise
+        answered_at = time.monotonic()
+        # A mount that hangs, and a client that tries again by itself, raise nothing.
+        blocked = answered_at - asked_at > self._lease_s / _LOOKS_PER_LEASE
+        if now != self._seen or blocked:
+            self._seen, self._changed_at = now, answered_at
+        elif answered_at - self._changed_at > self._lease_s and not self.reason:
             self.reason = f"Whoever launched it has given no sign of life for lease_s={self._lease_s:g} s."
             self.fix = "Launch it again; without a lease (lease_s=None) it goes on by itself."
             os.kill(os.getpid(), signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from kfpytorch_ray.cluster.remote import lease
 from kfpytorch_ray.cluster.remote.lease import LeaseKeeper, LeaseWatch
+from kfpytorch_ray.errors import StorageError
 from kfpytorch_ray.runs import LEASE, MANIFEST, OUTCOME
 from kfpytorch_ray.storage import Storage
 from kfpytorch_ray.testing import wait_until
@@ -92,6 +94,55 @@ def test_a_lease_that_is_kept_lets_it_run(
     watch._do()
     assert (watch.reason, sigterms) == ("", [])
     now += 1
+    watch._do()
+    assert "no sign of life" in watch.reason
+    wait_until(lambda: sigterms, "the signal")
+
+
+class Outage(Storage):
+    """A storage, and a clock by which it is away for a while.
+
+    Args:
+        uri: Of the folder.
+        raises: Whether a read meanwhile raises at once; else it answers when the storage is back.
+    """
+
+    def __init__(self, uri: str, *, raises: bool) -> None:
+        super().__init__(uri)
+        self.raises = raises
+        self.now = 0.0
+        self.lasts_until = 0.0
+
+    def read(self, name: str) -> bytes | None:
+        """As a storage."""
+        if self.now < self.lasts_until:
+            if self.raises:
+                msg = "cannot be read\nWhy: it is away\nFix: wait"
+                raise StorageError(msg)
+            self.now = self.lasts_until
+        return super().read(name)
+
+
+@pytest.mark.parametrize("raises", [True, False], ids=["that raises", "that blocks"])
+def test_a_storage_that_is_away_for_longer_than_the_lease(
+    folder: Storage, monkeypatch: pytest.MonkeyPatch, sigterms: list[int], *, raises: bool
+) -> None:
+    """Nobody can keep a lease meanwhile, so nobody is silent; from the first answer on a lease has to be kept again."""
+    storage = Outage(folder.uri, raises=raises)
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: storage.now))
+    LeaseKeeper(folder, 60.0)._do()
+    watch = LeaseWatch(storage, 60.0)
+    watch._do()
+    storage.lasts_until = 600.0
+    while storage.now < storage.lasts_until:
+        storage.now += 15
+        with contextlib.suppress(StorageError):
+            watch._do()
+    for _ in range(4):
+        watch._do()
+        assert (watch.reason, sigterms) == ("", [])
+        storage.now += 15
+    storage.now += 1
     watch._do()
     assert "no sign of life" in watch.reason
     wait_until(lambda: sigterms, "the signal")
