@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
+from kfpytorch_ray.cluster.remote.versions import here
 from kfpytorch_ray.config import KubernetesOptions, RayRunOptions, StoredRunOptions
 from kfpytorch_ray.errors import KfpytorchRayError
 from kfpytorch_ray.plan import LaunchPlan
@@ -58,6 +59,7 @@ def manifest_of(plan: LaunchPlan, backend: str, options: StoredRunOptions, stora
         nproc_per_node=plan.nproc_per_node,
         retention_s=options.retention_s,
         lease_s=options.lease_s,
+        versions=str(here()),
         **_logs_of(plan, options, Storage(storage), run_id),
     )
 

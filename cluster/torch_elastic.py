@@ -99,6 +99,7 @@ def run_node(
         LaunchInterruptedError: This process was told to stop.
         LaunchError: Torch elastic failed itself.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
@@ -119,7 +120,8 @@ def run_node(
         raise LaunchInterruptedError(_interrupted(plan, error), time.time()) from error
     except RendezvousTimeoutError as error:
         raise PlacementTimeoutError(_too_few_nodes(plan, error)) from error
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
+        # The second where the store is lost while ranks are assigned.
         raise LaunchError(_no_rendezvous(plan, config, error), time.time()) from error
     return returned
 

@@ -110,6 +110,7 @@ class Manifest(Json):
         lease_s: Seconds without a sign of life after which it stops itself; None without a lease.
         logs: Whose lines its driver prints.
         log_archive: URI of the folder where the files with every rank's lines are kept; empty: nowhere.
+        versions: Of Python and the packages of whoever launched it, for people.
     """
 
     run_id: str
@@ -125,6 +126,7 @@ class Manifest(Json):
     lease_s: float | None = None
     logs: str = "all"
     log_archive: str = ""
+    versions: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from kfpytorch_ray.cluster.kube import code
 from kfpytorch_ray.cluster.kube.pod_log import mark_of
 from kfpytorch_ray.cluster.remote import driver
-from kfpytorch_ray.cluster.remote.outcome import write_failure
+from kfpytorch_ray.cluster.remote.outcome import error_of, write_failure
 from kfpytorch_ray.errors import KfpytorchRayError, RunLostError, explain
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import DRIVER, MANIFEST, read_outcome
@@ -36,22 +36,26 @@ def main(run_id: str, uri: str, packed: str = "") -> int:
     """
     sys.stdout.write(mark_of(run_id))
     sys.stdout.flush()
-    location = uri.partition("#")[0]
     try:
-        exit_code = _begun_before(run_id, Storage(location))
-        if exit_code is not None:
-            return exit_code
-        if not packed:
-            return driver.main(uri)
-        with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as folder:
-            working_dir = Path(folder, "code")
-            working_dir.mkdir()
-            sha256, _, size = packed.partition(":")
-            code.receive(Storage(location), Digest(sha256, int(size)), working_dir)
-            return driver.main(uri, str(working_dir))
+        folder = Storage(uri.partition("#")[0])
     except KfpytorchRayError as error:
         sys.stderr.write(f"{error}\n")
         return driver.EXIT_FAILED
+    try:
+        exit_code = _begun_before(run_id, folder)
+        if exit_code is not None:
+            return exit_code
+        if not packed or folder.read(MANIFEST) is None:
+            # It says so where the run was removed.
+            return driver.main(uri)
+        with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as scratch:
+            working_dir = Path(scratch, "code")
+            working_dir.mkdir()
+            sha256, _, size = packed.partition(":")
+            code.receive(folder, Digest(sha256, int(size)), working_dir)
+            return driver.main(uri, str(working_dir))
+    except Exception as error:  # noqa: BLE001 - the outcome says it
+        return driver.fail(folder, error_of(error, f"The driver of the run {run_id}"), driver.EXIT_FAILED)
 
 
 def _begun_before(run_id: str, folder: Storage) -> int | None:

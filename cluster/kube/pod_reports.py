@@ -150,14 +150,20 @@ def settle_failure(run: Storage, name: str) -> bool:
 
 
 def better_may_come(run: Storage) -> bool:
-    """Whether what pods have said so far is no more than that another one is gone.
+    """Whether what pods have said so far may be no more than that another one is gone.
+
+    So it may where torch elastic itself has failed: the store, by which pods meet, lives in one of them.
 
     Raises:
         StorageError: The storage cannot be read.
     """
     found = [_record(run, pod, said) for pod, said in _reports(run) if said.state == RunStatus.FAILED.value]
-    causes = [root_cause(record.rounds[-1]) for record in found if record.rounds and failures(record.rounds[-1])]
-    return all(may_miss_a_peer(cause) for cause in causes) and len(causes) == len(found)
+    return all(
+        may_miss_a_peer(root_cause(record.rounds[-1]))
+        if record.rounds and failures(record.rounds[-1])
+        else type(record.error) is LaunchError
+        for record in found
+    )
 
 
 def merged(rounds: Sequence[RoundRecord]) -> RoundRecord:

@@ -28,7 +28,7 @@ from kfpytorch_ray.cluster.kube.pod_reports import LOG, folder_of, has_succeeded
 from kfpytorch_ray.cluster.kube.pod_request import PodRequest
 from kfpytorch_ray.cluster.kube.pod_worker import Places
 from kfpytorch_ray.cluster.remote.lease import LeaseWatch
-from kfpytorch_ray.cluster.remote.outcome import Record, result_name
+from kfpytorch_ray.cluster.remote.outcome import Record, error_of, result_name
 from kfpytorch_ray.cluster.remote.staged import read_request
 from kfpytorch_ray.cluster.spool import map_spooled
 from kfpytorch_ray.cluster.worker import search_path
@@ -69,19 +69,18 @@ def main(run_id: str, uri: str, packed: str = "") -> int:
     with tempfile.TemporaryDirectory(prefix="kfpytorch-ray-") as scratch:
         log = Path(scratch, LOG)
         location, _, sha256 = uri.partition("#")
-        with _kept_output(log):
-            sys.stdout.write(mark_of(run_id))
-            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-            try:
-                folder = Storage(location)
-                exit_code = _Pod(folder, Path(scratch)).run(sha256, packed)
-            except KfpytorchRayError as error:
-                # The storage, most likely, in which nobody can be told.
-                sys.stderr.write(f"{error}\n")
-                exit_code = EXIT_FAILED
-        with contextlib.suppress(KfpytorchRayError), log.open("rb") as file:
-            folder_of(Storage(location), socket.gethostname()).upload(LOG, iter(lambda: file.read(2**20), b""))
-    return exit_code
+        try:
+            with _kept_output(log):
+                sys.stdout.write(mark_of(run_id))
+                logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+                try:
+                    return _Pod(Storage(location), Path(scratch)).run(sha256, packed)
+                except Exception as error:  # noqa: BLE001 - the storage, most likely, in which nobody can be told
+                    sys.stderr.write(f"{error_of(error, _this_pod())}\n")
+                    return EXIT_FAILED
+        finally:
+            with contextlib.suppress(KfpytorchRayError, OSError), log.open("rb") as file:
+                folder_of(Storage(location), socket.gethostname()).upload(LOG, iter(lambda: file.read(2**20), b""))
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,8 @@ class _Pod:
                         reason, fix = lease.reason or peers.reason or reason, lease.fix
         except LaunchInterruptedError:
             return self._stopped(reason, fix)
-        except KfpytorchRayError as error:
-            return self._failed(error, budget)
+        except Exception as error:  # noqa: BLE001 - the report says it
+            return self._failed(error_of(error, _this_pod()), budget)
         except SystemExit as stop:
             if stop.code != TERMINATED:
                 raise
@@ -175,10 +174,14 @@ class _Pod:
         if has_succeeded(self.folder, socket.gethostname()):
             # Its results are there and count; who took them may have removed the job by now.
             return TERMINATED if read_outcome(self.folder) is None else 0
-        error = RunStoppedError(explain(f"The pod {socket.gethostname()} was stopped.", reason, fix))
+        error = RunStoppedError(explain(f"{_this_pod()} was stopped.", reason, fix))
         sys.stderr.write(f"{error}\n")
         report(self.folder, socket.gethostname(), RunStatus.STOPPED, Record((), error))
         return TERMINATED
+
+
+def _this_pod() -> str:
+    return f"The pod {socket.gethostname()}"
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from kfpytorch_ray.cluster.fetching import stored
 from kfpytorch_ray.cluster.interruption import TERMINATED, interruptible
 from kfpytorch_ray.cluster.launching import Launched, run_request
 from kfpytorch_ray.cluster.remote.lease import LeaseWatch
-from kfpytorch_ray.cluster.remote.outcome import NOTHING, Record, result_name, write_failure, write_outcome
+from kfpytorch_ray.cluster.remote.outcome import NOTHING, Record, error_of, result_name, write_failure, write_outcome
 from kfpytorch_ray.cluster.remote.staged import read_request
 from kfpytorch_ray.cluster.request import RayRequest
 from kfpytorch_ray.config import RayBackend
@@ -65,11 +64,12 @@ def main(uri: str, working_dir: str = "") -> int:
     try:
         manifest, (request, options) = read_request(folder, sha256)
         request = replace(request, setup=replace(request.setup, known_as=manifest.run_id))
-    except KfpytorchRayError as error:
-        return _fail(folder, error, EXIT_FAILED)
+        options = replace(options, working_dir=working_dir)
+    except Exception as error:  # noqa: BLE001 - of other versions here, perhaps; the outcome says it
+        return fail(folder, error_of(error, "The driver of the run"), EXIT_FAILED)
     lease = LeaseWatch(folder, manifest.lease_s)
     with interruptible(), lease:
-        return _run(folder, request, replace(options, working_dir=working_dir), lease, manifest.backend)
+        return _run(folder, request, options, lease, manifest.backend)
 
 
 def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: LeaseWatch, backend: str) -> int:
@@ -78,23 +78,15 @@ def _run(folder: Storage, request: RayRequest, options: RayBackend, lease: Lease
         # Before the outcome, which tells that everything else is there.
         _keep_log(folder)
         _write_success(folder, launched)
-    except KfpytorchRayError as error:
-        return _fail(folder, error, EXIT_FAILED)
-    except Exception as error:
-        logger.exception("The driver of this run has failed.")
-        message = explain(
-            f"{request.setup.name}: the driver of the run failed by an error that it does not know.",
-            f"{type(error).__name__}: {error}",
-            "Look into the last lines of its log; launch again.",
-        )
-        return _fail(folder, LaunchError(message, time.time()), EXIT_FAILED)
+    except Exception as error:  # noqa: BLE001 - the outcome says it
+        return fail(folder, error_of(error, f"{request.setup.name}: the driver of the run"), EXIT_FAILED)
     except (SystemExit, KeyboardInterrupt):
         if _has_succeeded(folder):
             # It was asked in the instant after it said so.
             return 0
         why = lease.reason or "The job was asked to stop."
         stopped = RunStoppedError(explain(f"{request.setup.name} was stopped.", why, lease.fix))
-        return _fail(folder, stopped, TERMINATED)
+        return fail(folder, stopped, TERMINATED)
     return 0
 
 
@@ -123,7 +115,12 @@ def _upload(folder: Storage, rank: int, ref: Any) -> Digest:
     return NOTHING if spooled is None else folder.upload(result_name(rank), [spooled.data])
 
 
-def _fail(folder: Storage, error: KfpytorchRayError, exit_code: int) -> int:
+def fail(folder: Storage, error: KfpytorchRayError, exit_code: int) -> int:
+    """Leave why the run has failed or was stopped: in this job's log, in the copy of it, and as the run's outcome.
+
+    Returns:
+        The exit code.
+    """
     _say(error)
     _keep_log(folder)
     write_failure(folder, error)

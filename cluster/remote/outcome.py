@@ -67,6 +67,21 @@ def write_failure(folder: Storage, error: KfpytorchRayError) -> None:
         logger.warning("The outcome of this run could not be kept: %s", unwritten)
 
 
+def error_of(error: Exception, who: str) -> KfpytorchRayError:
+    """An error as a run can end with it; one that nobody has thought of is in the log with its traceback.
+
+    Args:
+        error: That ended the run, or a part of it.
+        who: Has met it, for people.
+    """
+    if isinstance(error, KfpytorchRayError):
+        return error
+    logger.error("%s has failed.", who, exc_info=error)
+    why = f"{type(error).__name__}: {error}"
+    fix = "Look into the last lines of its log; launch again."
+    return LaunchError(explain(f"{who} failed by an error that it does not know.", why, fix), time.time())
+
+
 def read_record(folder: Storage, outcome: Outcome) -> Record:
     """What became of a run; the error has the user's exception as its cause where that can be rebuilt here.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from kfpytorch_ray.errors import IntegrityError, StorageError, explain
+from kfpytorch_ray.cluster.remote.versions import here
+from kfpytorch_ray.errors import IntegrityError, StorageError, VersionMismatchError, explain
 from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest
 from kfpytorch_ray.storage import Storage, digest_of
 
@@ -20,6 +21,7 @@ def read_request(folder: Storage, sha256: str) -> tuple[Manifest, Any]:
     Raises:
         StorageError: It is not there, or cannot be read.
         IntegrityError: It is another than was staged.
+        VersionMismatchError: It cannot be unpickled by what is installed here.
     """
     described, data = folder.read(MANIFEST), folder.read(REQUEST)
     if described is None or data is None:
@@ -38,4 +40,15 @@ def read_request(folder: Storage, sha256: str) -> tuple[Manifest, Any]:
                 "Launch again. If it happens again, find out who else can write to this storage.",
             )
         )
-    return Manifest.from_json(described), pickle.loads(data)
+    manifest = Manifest.from_json(described)
+    try:
+        return manifest, pickle.loads(data)
+    except Exception as error:
+        raise VersionMismatchError(
+            explain(
+                f"The request of the run {manifest.run_id} cannot be unpickled where it is to run.",
+                f"{type(error).__name__}: {error}. Where it was launched: {manifest.versions or 'versions unknown'}. "
+                f"Where it is to run: {here()}.",
+                "Have the same kfpytorch_ray, flytekit and Python in the image, or on the Ray, as where you launch.",
+            )
+        ) from error

@@ -10,7 +10,7 @@ import pytest
 from kfpytorch_ray.cluster.kube import driver
 from kfpytorch_ray.cluster.remote.outcome import read_record, write_failure
 from kfpytorch_ray.errors import RunLostError, RunStoppedError, StorageError
-from kfpytorch_ray.runs import DRIVER, MANIFEST, Outcome, read_outcome
+from kfpytorch_ray.runs import CODE, DRIVER, MANIFEST, OUTCOME, Outcome, read_outcome
 from kfpytorch_ray.storage import Storage
 
 RUN = "kfr-train-1"
@@ -24,10 +24,12 @@ def folder(tmp_path: Path) -> Storage:
     return storage
 
 
-def started(folder: Storage, cluster: str, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> tuple[int, str]:
+def started(
+    folder: Storage, cluster: str, monkeypatch: pytest.MonkeyPatch, capfd: Any, packed: str = ""
+) -> tuple[int, str]:
     """Exit code and what a driver on a cluster says."""
     monkeypatch.setenv(driver.CLUSTER_VARIABLE, cluster)
-    code = driver.main(RUN, f"{folder.uri}#sha")
+    code = driver.main(RUN, f"{folder.uri}#sha", packed)
     return code, capfd.readouterr().err
 
 
@@ -63,7 +65,24 @@ def test_a_run_that_is_over_is_not_begun_again(folder: Storage, monkeypatch: pyt
     assert outcome_of(folder).state == "stopped"
 
 
-def test_a_run_that_was_removed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    """No note of a driver makes a run of an empty folder."""
-    assert "holds no run" in started(Storage(str(tmp_path)), "c-1", monkeypatch, capfd)[1]
-    assert Storage(str(tmp_path)).read(DRIVER) is None
+@pytest.mark.parametrize("packed", ["", "00:1"], ids=["code in the image", "code in the folder"])
+def test_a_run_that_was_removed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, packed: str
+) -> None:
+    """Neither the note of a driver nor an outcome makes a run of an empty folder."""
+    removed = Storage(str(tmp_path / "removed"))
+    assert "holds no run" in started(removed, "c-1", monkeypatch, capfd, packed)[1]
+    assert removed.names() == []
+
+
+def test_code_that_cannot_be_received_is_the_outcome(
+    folder: Storage, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Whoever follows the run reads why, also where it was removed or is no zip."""
+    assert started(folder, "c-1", monkeypatch, capfd, "00:1")[0] == 1
+    assert outcome_of(folder).error == "StorageError"
+    folder.remove(OUTCOME)
+    digest = folder.upload(CODE, [b"no zip"])
+    assert started(folder, "c-2", monkeypatch, capfd, f"{digest.sha256}:{digest.size_bytes}")[0] == 1
+    assert outcome_of(folder).error == "LaunchError"
+    assert "BadZipFile" in outcome_of(folder).message

@@ -13,7 +13,7 @@ import pytest
 from kfpytorch_ray.cluster.kube.pod_peers import PeerWatch
 from kfpytorch_ray.cluster.kube.pod_reports import better_may_come, report, settle_failure, settle_success
 from kfpytorch_ray.cluster.remote.outcome import Record, read_record, result_name
-from kfpytorch_ray.errors import RunStoppedError, WorkerFailedError
+from kfpytorch_ray.errors import LaunchError, RunStoppedError, VersionMismatchError, WorkerFailedError
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 from kfpytorch_ray.run import RunStatus
 from kfpytorch_ray.runs import PODS, read_outcome
@@ -83,6 +83,25 @@ def test_the_cause_is_the_best_of_all_pods(run: Storage) -> None:
     assert "1 of 2 ranks failed this way, 1 in another way." in str(error)
     assert "Restarts used: 1 of 1." in str(error)
     assert isinstance(error.__cause__, ValueError)
+
+
+def test_a_pod_whose_torch_elastic_failed_may_have_lost_the_pod_that_knows_better(run: Storage) -> None:
+    """The store is in one of the pods: what that one says, as soon as it does, is the cause."""
+    lost = LaunchError("the connection to the store is gone", 9.0)
+    report(run, "train-worker-1", RunStatus.FAILED, Record((), lost))
+    assert better_may_come(run)
+    failed(run, 0, "ValueError: bad batch")
+    assert not better_may_come(run)
+    assert settle_failure(run, "train")
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert "ValueError: bad batch" in outcome.message
+
+
+def test_a_pod_that_knows_why_it_failed_is_not_waited_for(run: Storage) -> None:
+    """Another one can say nothing better."""
+    report(run, "train-worker-1", RunStatus.FAILED, Record((), VersionMismatchError("another image")))
+    assert not better_may_come(run)
 
 
 def test_pods_that_were_only_stopped_make_a_run_that_was(run: Storage) -> None:

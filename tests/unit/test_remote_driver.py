@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kfpytorch_ray.cluster.launching import Launched
 from kfpytorch_ray.cluster.remote import driver
 from kfpytorch_ray.cluster.remote.driver import main
 from kfpytorch_ray.cluster.remote.outcome import read_record, write_outcome
+from kfpytorch_ray.cluster.remote.versions import here
 from kfpytorch_ray.results import Ending, RoundRecord
 from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest, Outcome, read_outcome
 from kfpytorch_ray.storage import Storage, digest_of
@@ -137,6 +138,35 @@ def test_a_driver_that_fails_by_itself(folder: Storage, launched: Launched, monk
     left = failed_fetching(KeyError("unheard of"), folder, monkeypatch)
     assert left.error == "LaunchError"
     assert "KeyError: 'unheard of'" in left.message
+
+
+def failed_with(request: bytes, folder: Storage) -> Outcome:
+    """What a run leaves that cannot begin with this request."""
+    folder.write(MANIFEST, replace(RUN, versions="kfpytorch_ray 9.9").to_json())
+    folder.write(REQUEST, request)
+    assert main(f"{folder.uri}#{digest_of(request).sha256}") == 1
+    left = read_outcome(folder)
+    assert left is not None
+    assert left.state == "failed"
+    return left
+
+
+def test_a_request_of_another_version(folder: Storage) -> None:
+    """It cannot be unpickled: the outcome names what is installed on both sides."""
+    left = failed_with(b"ckfpytorch_ray.of_another_version\nRequest\n.", folder)
+    assert left.error == "VersionMismatchError"
+    assert "No module named 'kfpytorch_ray.of_another_version'" in left.message
+    assert "Where it was launched: kfpytorch_ray 9.9." in left.message
+    assert f"Where it is to run: {here()}." in left.message
+    assert "Fix: " in left.message
+
+
+def test_a_request_that_holds_something_else(folder: Storage) -> None:
+    """Another version's may unpickle all the same; what fails then is the outcome, too."""
+    left = failed_with(pickle.dumps((object(), RayBackend())), folder)
+    assert left.error == "LaunchError"
+    assert "The driver of the run failed by an error that it does not know." in left.message
+    assert "AttributeError" in left.message
 
 
 def test_a_run_whose_request_was_removed(folder: Storage, capsys: pytest.CaptureFixture[str]) -> None:
