@@ -4,8 +4,9 @@ The ground floor knows adapters by the ``Adapter`` protocol and by name only: a 
 ``kfpytorch_ray.adapters`` for backends of others. A class is imported when it is first needed.
 
 Highest first: ``Elastic(backend=...)`` or ``PyTorch(backend=...)``; the variable ``KFPYTORCH_RAY_BACKEND`` (the task's
-``environment`` before the process's); section ``[kfpytorch_ray]``, key ``backend`` of flytekit's config file (in
-YAML ``kfpytorch_ray: {backend: ...}``), though not in the container of a remote execution; ``kubeflow``.
+``environment`` before that of ``pyflyte register --env`` before the process's); section ``[kfpytorch_ray]``, key
+``backend`` of flytekit's config file (in YAML ``kfpytorch_ray: {backend: ...}``), though not in the container of a
+remote execution; ``kubeflow``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from flytekit.configuration.file import ConfigEntry, LegacyConfigEntry, YamlConfigEntry, get_config_file
+from flytekit.core.context_manager import FlyteContextManager
 
 from kfpytorch_ray.config import BackendOptions, Elastic, PyTorch
 from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, explain
@@ -98,10 +100,13 @@ class BackendChoice:
     Attributes:
         name: The backend.
         options: The user's options object; None where only the name was given.
+        travels: Whether the task or what it is registered with says so, and with them every container that serialises
+            the task again. If not, only this process's variables or config file do, or nobody does.
     """
 
     name: str
     options: BackendOptions | None = None
+    travels: bool = field(default=True, compare=False)
 
     @property
     def is_default(self) -> bool:
@@ -143,11 +148,13 @@ def choose_backend(
         return _known(BackendChoice(explicit.name, explicit), "the task's config")
     if explicit:
         return _known(BackendChoice(explicit), "the task's config")
-    if named := (task_environment or {}).get(BACKEND_VARIABLE) or os.environ.get(BACKEND_VARIABLE):
+    if named := (task_environment or {}).get(BACKEND_VARIABLE) or _registered_with().get(BACKEND_VARIABLE):
         return _known(BackendChoice(named), f"the variable {BACKEND_VARIABLE}")
+    if named := os.environ.get(BACKEND_VARIABLE):
+        return _known(BackendChoice(named, travels=False), f"the variable {BACKEND_VARIABLE}")
     if named := _configured():
-        return _known(BackendChoice(named), "flytekit's config file")
-    return BackendChoice(DEFAULT_BACKEND)
+        return _known(BackendChoice(named, travels=False), "flytekit's config file")
+    return BackendChoice(DEFAULT_BACKEND, travels=False)
 
 
 def load_adapter(choice: BackendChoice) -> Adapter:
@@ -172,6 +179,12 @@ def require_package(package: str, backend: str, install: str) -> None:
                 f"Install it with: {install}",
             )
         )
+
+
+def _registered_with() -> Mapping[str, str]:
+    """Variables that all containers get which are registered now: known while ``pyflyte`` loads the modules."""
+    settings = FlyteContextManager.current_context().serialization_settings
+    return (settings.env if settings else None) or {}
 
 
 def _configured() -> str | None:

@@ -51,6 +51,7 @@ from kfpytorch_ray.pods import ShapesPods
 from kfpytorch_ray.preflight import Job, admit
 from kfpytorch_ray.routing import ROUTE_VARIABLE, route_if_switched_on
 from kfpytorch_ray.run_deck import add_decks, publish_failure
+from kfpytorch_ray.serialised_again import warn_of_lost_choice
 from kfpytorch_ray.task_arguments import TaskArguments, nothing_asked
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
         """The ``config`` field of the task template; names the backend where it is not the default."""
         config = dict(super().get_config(settings) or {})
         choice = self.job.choice
+        warn_of_lost_choice(self.name, self.job, settings)
         return config if choice.is_default else {**config, CONFIG_KEY: choice.name}
 
     def on_backend(self, backend: str | BackendOptions) -> _TorchTask[C]:
@@ -221,7 +223,10 @@ class _TorchTask(PythonFunctionTask[C]):  # type: ignore[misc] # flytekit ships 
     def _get_container(self, settings: SerializationSettings) -> Any:
         """The task's container, which flytekit also lays over ``pod_template``."""
         container = super()._get_container(settings)
-        adapter = self.job.adapter
+        choice, adapter = self.job.choice, self.job.adapter
+        if (container.env or {}).get(BACKEND_VARIABLE, choice.name) != choice.name:
+            # The settings name another one, and the container must run what is registered.
+            container._env = {**container.env, BACKEND_VARIABLE: choice.name}
         if isinstance(adapter, ShapesPods):
             own = adapter.container_resources(self.task_config, self.arguments)
             container._resources = convert_resources_to_resource_model(own.requests, own.limits)
