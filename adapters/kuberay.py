@@ -32,7 +32,7 @@ from kfpytorch_ray.backends import REMOTE_EXECUTION_VARIABLE, Findings, JobConfi
 from kfpytorch_ray.config import KubeRayBackend, RayBackend, RayRunOptions
 from kfpytorch_ray.errors import BackendUnavailableError, ConfigError, explain
 from kfpytorch_ray.plan import LaunchPlan
-from kfpytorch_ray.planning import node_resources
+from kfpytorch_ray.planning import resources_of_nodes
 from kfpytorch_ray.results import ElasticResult
 from kfpytorch_ray.run import Run
 from kfpytorch_ray.runs import Manifest, run_folder, storage_of
@@ -203,16 +203,22 @@ class KubeRayAdapter:
             return KubeRayJob(namespace, run.run_id, options.ready_timeout_s)
 
         with staging(plan, run, storage) as staged:
-            request = RayAdapter(self._outside_options(plan)).build(staged)
-            return submit((request, inside), run, RAY_JOB, job, render, options, to)
+            return submit((outside_request(options, staged), inside), run, RAY_JOB, job, render, options, to)
 
-    def _outside_options(self, plan: LaunchPlan) -> RayBackend:
-        """Options by which the request is built here for a driver that is there."""
-        shared = {field.name: getattr(self._options, field.name) for field in fields(RayRunOptions)}
-        own = worker_resources(self._options, plan.arguments)
-        # A task's are in the plan; a launch's are the backend's.
-        amounts = None if own == plan.arguments.resources else node_resources(own, workers=plan.nproc_per_node).amounts
-        return RayBackend(resources_per_node=None if amounts is None else dict(amounts), **shared)
+
+def outside_request(options: KubeRayBackend, plan: LaunchPlan) -> RayRequest:
+    """What is asked of the RayJob's cluster, built here for a driver that is there: nodes as large as its pods.
+
+    Args:
+        options: The backend's.
+        plan: As it was made here. Where its task says no resources, the backend's count, as in the pods.
+
+    Raises:
+        PayloadError: The function or an input cannot be pickled.
+    """
+    shared = {field.name: getattr(options, field.name) for field in fields(RayRunOptions)}
+    node, first = resources_of_nodes(plan.config, worker_resources(options, plan.arguments))
+    return RayAdapter(RayBackend(**shared)).build(replace(plan, resources=node, first_node_resources=first))
 
 
 def _draft(

@@ -21,7 +21,7 @@ from flytekit.core.context_manager import ExecutionParameters, FlyteContextManag
 from flytekit.core.data_persistence import FileAccessProvider
 from flytekit.core.resources import ResourceSpec
 
-from kfpytorch_ray.checks import parse_nnodes, worker_count
+from kfpytorch_ray.checks import is_elastic, parse_nnodes, worker_count
 from kfpytorch_ray.config import DEFAULT_ARRIVAL_WINDOW_S, DEFAULT_TIMEOUT_S, Elastic, PyTorch, RestartPolicy
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
@@ -77,6 +77,7 @@ def plan_elastic(config: Elastic, call: Call) -> LaunchPlan:
     min_nodes, max_nodes = parse_nnodes(config.nnodes)
     rdzv_configs = config.rdzv_configs
     join_timeout_s = rdzv_configs.get("join_timeout", rdzv_configs.get("timeout", DEFAULT_TIMEOUT_S))
+    node, _ = resources_of_nodes(config, call.arguments.resources)
     return LaunchPlan(
         name=call.name,
         run_id=call.run_id,
@@ -86,7 +87,7 @@ def plan_elastic(config: Elastic, call: Call) -> LaunchPlan:
         min_nodes=min_nodes,
         max_nodes=max_nodes,
         nproc_per_node=config.nproc_per_node,
-        resources=node_resources(call.arguments.resources, workers=config.nproc_per_node),
+        resources=node,
         flyte=_flyte_context(call, inherited=config.start_method == "fork"),
         environment=dict(call.arguments.environment),
         start_method=config.start_method,
@@ -108,8 +109,7 @@ def plan_pytorch(config: PyTorch, call: Call) -> LaunchPlan:
         ConfigError: A resource of the task or of a replica is not a Kubernetes quantity.
     """
     replicas = worker_count(config)
-    worker = node_resources(_own_resources(config.worker) or call.arguments.resources, workers=1)
-    master = node_resources(_own_resources(config.master) or call.arguments.resources, workers=1)
+    worker, master = resources_of_nodes(config, call.arguments.resources)
     return LaunchPlan(
         name=call.name,
         run_id=call.run_id,
@@ -120,7 +120,7 @@ def plan_pytorch(config: PyTorch, call: Call) -> LaunchPlan:
         max_nodes=1 + replicas,
         nproc_per_node=1,
         resources=worker,
-        first_node_resources=None if master == worker else master,
+        first_node_resources=master,
         flyte=_flyte_context(call),
         contract=Contract.OPERATOR,
         environment=dict(call.arguments.environment),
@@ -153,6 +153,27 @@ def flyte_context_of(context: ExecutionParameters, *, inherited: bool = False) -
         checkpoint_src=checkpoint_src,
         execution_id=execution_id,
     )
+
+
+def resources_of_nodes(
+    config: Elastic | PyTorch, spec: ResourceSpec | None
+) -> tuple[NodeResources, NodeResources | None]:
+    """Ray resources of a node of a job, and of node 0 where they differ (the master of a ``PyTorch`` job).
+
+    Args:
+        config: What the job is.
+        spec: Of a node that has none of its own.
+
+    Raises:
+        ConfigError: An amount is not a Kubernetes quantity.
+    """
+    if is_elastic(config):
+        return node_resources(spec, workers=config.nproc_per_node), None  # type: ignore[union-attr]
+    worker, master = (
+        node_resources(_own_resources(replica) or spec, workers=1)
+        for replica in (config.worker, config.master)  # type: ignore[union-attr]
+    )
+    return worker, None if master == worker else master
 
 
 def node_resources(spec: ResourceSpec | None, *, workers: int) -> NodeResources:

@@ -40,11 +40,11 @@ from kfpytorch_ray import (
     RunPolicy,
     Worker,
 )
-from kfpytorch_ray.adapters.kuberay import KubeRayAdapter, inside_options
+from kfpytorch_ray.adapters.kuberay import KubeRayAdapter, inside_options, outside_request
 from kfpytorch_ray.adapters.raycluster import RayAdapter
 from kfpytorch_ray.backends import BACKEND_VARIABLE
 from kfpytorch_ray.plan import FlyteContext, LaunchPlan
-from kfpytorch_ray.planning import node_resources
+from kfpytorch_ray.planning import Call, current_context, node_resources, plan_elastic, plan_pytorch
 from kfpytorch_ray.task_arguments import TaskArguments
 
 IMAGE = Image(name="default", fqn="registry.example/train", tag="1")
@@ -417,6 +417,34 @@ def test_the_driver_runs_the_plan_as_the_ray_backend_does() -> None:
     same = RayBackend("auto", autoscaling=True, working_dir="", env={"A": "1"}, stop_grace_s=3, hang_timeout_s=60)
     assert inside_options(options) == same
     assert KubeRayAdapter(options).build(plan()) == RayAdapter(same).build(plan())
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "sizes"),
+    [
+        (Elastic(nnodes=2, nproc_per_node=2), {}, [16, 16]),
+        (Elastic(nnodes=2, nproc_per_node=2), {"requests": Resources(cpu="3")}, [3, 3]),
+        (PyTorch(worker=Worker(replicas=1)), {}, [16, 16]),
+        (PyTorch(Master(requests=Resources(cpu="2")), Worker(replicas=1)), {}, [2, 16]),
+        (PyTorch(worker=Worker(replicas=1, limits=Resources(cpu="2"))), {"requests": Resources(cpu="3")}, [3, 2]),
+    ],
+)
+def test_without_flyte_a_node_is_as_large_as_its_pod(
+    config: Any, arguments: dict[str, Any], sizes: list[float]
+) -> None:
+    """A role's own amounts before the task's before the backend's: more than a pod has would never be had."""
+    config.backend = KubeRayBackend(image="registry.example/train:1", requests=Resources(cpu="16"))
+    made: Any = task(task_config=config, **arguments)(train)
+    (job,) = KubeRayAdapter(config.backend).kubernetes_manifests(config, made.arguments)
+    pods = [
+        float(group["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
+        for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        for _ in range(group["replicas"])
+    ]
+    planned = plan_elastic if isinstance(config, Elastic) else plan_pytorch
+    call = Call("train", "f1", train, (), {"x": 1}, current_context(), made.arguments)
+    demand = outside_request(config.backend, planned(config, call)).demand
+    assert [demand.first["CPU"], demand.other["CPU"]] == pods == sizes
 
 
 def test_fast_registrations_code_is_sent_to_workers() -> None:
