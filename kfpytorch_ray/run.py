@@ -95,6 +95,14 @@ class Run(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Have the cluster remove what it keeps of a run that is over: a RayJob or a PyTorchJob, if it is there.
+
+        Raises:
+            KfpytorchRayError: The cluster cannot be reached, or refuses.
+        """
+        ...
+
     def collect(self) -> None:
         """Count its result as taken: remove from the storage what is large, for good. Changes nothing where it was.
 

@@ -237,6 +237,10 @@ class RemoteRun:
             return replace(told, started_at=run.created_at, phases=(submitting, *told.phases))
         return report_of_rounds(run.name, run.run_id, run.backend, record.rounds, record.error)
 
+    def forget(self) -> None:
+        """Have the cluster remove what it keeps of it."""
+        self._job.forget()
+
     def collect(self) -> None:
         """Count its result as taken."""
         if not self.status().ended:
@@ -253,7 +257,7 @@ class RemoteRun:
     def _forget(self) -> None:
         """Have the cluster remove what it keeps of a job that is over."""
         try:
-            self._job.forget()
+            self.forget()
         except KfpytorchRayError as error:
             logger.info("The job of the run %s stays where it is: %s", self.run_id, error)
 

@@ -5,7 +5,6 @@ Outputs and checkpoints, which functions wrote there, stay: they are the user's.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass
 
@@ -15,11 +14,13 @@ from kfpytorch_ray.cli.options import Reach, json_option, reach_options, seconds
 from kfpytorch_ray.cli.reaching import Standing, standings
 from kfpytorch_ray.cli.reporting import print_json, span
 from kfpytorch_ray.errors import KfpytorchRayError, StorageError, explain
+from kfpytorch_ray.notices import tell
 from kfpytorch_ray.run import RunStatus, open_run
 from kfpytorch_ray.runs import RunSummary, expired_runs, remove_run, stale_files
 from kfpytorch_ray.storage import Storage
 
-_KEPT_BY_OPERATORS = ("kuberay", "kubeflow")
+_KEPT_BY_OPERATORS = {"kuberay": "RayJob", "kubeflow": "PyTorchJob"}
+"""What is left on a cluster when a job is over, by backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def gc(
     say that it was stopped, stays for its retention, and for longer where the cluster cannot be asked, unless
     --older-than is given. What launches that were cut short and clusters that were looked at
     have left goes after a day. Outputs and checkpoints of functions are never removed. The RayJob or PyTorchJob of a
-    run that is removed goes as well, where its cluster can be reached.
+    run that is removed goes as well; where it cannot be removed the run stays, unless --older-than is given.
     """
     reach = Reach(storage, address, verify)
     place = reach.open_storage()
@@ -101,20 +102,22 @@ def gc(
     old = expired_runs(place, older_than, now)
     removed, kept = sort_out(old, standings(old, reach), now, unknown=older_than is not None)
     failed: list[tuple[str, StorageError]] = []
+    gone: list[str] = []
     for run in removed:
         run_id = run.manifest.run_id
         try:
-            if not dry_run:
-                _forget_job(run, reach)
-                remove_run(place, run_id)
+            why = "" if dry_run else _remove(run, place, reach, anyway=older_than is not None)
         except StorageError as error:
             failed.append((run_id, error))
+            continue
+        if why:
+            kept.append(Kept(run, why))
         else:
+            gone.append(run_id)
             _say_removed(run_id, dry_run, as_json)
     stale = _remove_stale(place, now, dry_run=dry_run)
     for name in stale:
         _say_removed(name, dry_run, as_json)
-    gone = [run.manifest.run_id for run in removed if run.manifest.run_id not in dict(failed)]
     if failed:
         raise _not_removed(place.uri, failed)
     if as_json:
@@ -127,12 +130,27 @@ def gc(
     click.echo(f"{removals} removed." if removals else "Nothing to remove.", err=True)
 
 
-def _forget_job(run: RunSummary, reach: Reach) -> None:
-    """Have a Kubernetes cluster remove a run's custom resource, which an operator keeps when the job is over."""
-    if run.manifest.backend not in _KEPT_BY_OPERATORS:
-        return
-    with contextlib.suppress(KfpytorchRayError):
-        open_run(run.manifest, reach.options(run.manifest.backend)).collect()
+def _remove(run: RunSummary, place: Storage, reach: Reach, *, anyway: bool) -> str:
+    """Remove a run, and what its cluster keeps of it; why it stays, else empty."""
+    if stays := _why_job_stays(run, reach):
+        if not anyway:
+            # What the storage has of the run is all that leads to it.
+            return f"{stays}: --older-than removes the run from the storage all the same"
+        tell(f"{run.manifest.run_id}: {stays}")
+    remove_run(place, run.manifest.run_id)
+    return ""
+
+
+def _why_job_stays(run: RunSummary, reach: Reach) -> str:
+    """Have the cluster remove the custom resource that its operator keeps; why that was not possible, else empty."""
+    backend = run.manifest.backend
+    if backend in _KEPT_BY_OPERATORS:
+        try:
+            open_run(run.manifest, reach.options(backend)).forget()
+        except KfpytorchRayError as error:
+            first, *_ = str(error).splitlines()
+            return f"its {_KEPT_BY_OPERATORS[backend]} cannot be removed ({first})"
+    return ""
 
 
 def _remove_stale(place: Storage, now: float, *, dry_run: bool) -> list[str]:

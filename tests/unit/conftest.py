@@ -78,6 +78,9 @@ class DoubleRun:
             raise self.answer
         return self.answer
 
+    def forget(self) -> None:
+        self.calls.append(("forget",))
+
     def collect(self) -> None:
         self.calls.append(("collect",))
 

@@ -595,3 +595,19 @@ def test_gc_leaves_what_functions_wrote(storage: Storage) -> None:
     with pytest.raises(UnknownRunError):
         kfpytorch_ray.attach("kfr-old")
     assert "Nothing to remove." in cli("gc").stderr
+
+
+def test_gc_keeps_a_run_whose_custom_resource_it_cannot_remove(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else would lead to the RayJob; --older-than removes what is in the storage all the same."""
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    a_run(storage, "kfr-old", "succeeded", age_s=8 * DAY_S, backend="kuberay", address="lab/training")
+    done = cli("gc", "--json")
+    (kept,) = json.loads(done.stdout)["kept"]
+    assert kept["run_id"] == "kfr-old"
+    assert kept["reason"].startswith("its RayJob cannot be removed (")
+    assert json.loads(done.stdout)["removed"] == []
+    done = cli("gc", "--older-than", "1d")
+    assert done.stdout == "removed kfr-old\n"
+    assert "kfr-old: its RayJob cannot be removed (" in done.stderr
