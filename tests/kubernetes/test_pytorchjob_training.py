@@ -171,16 +171,11 @@ def test_a_deadline_ends_the_run(api: Api, namespace: str, trainings: ModuleType
 
 
 WORK = """
-from flytekit import task
 from kfpytorch_ray import Elastic, KubeflowBackend, RunPolicy, launch
 from pytorchjob_trainings import hold
 
 backend = KubeflowBackend(image="registry.example/train:1", namespace={namespace!r})
 elastic = Elastic(nnodes=1, nproc_per_node=2, start_method="fork", monitor_interval=1, backend=backend)
-
-@task(task_config=elastic)
-def work(folder: str) -> str:
-    return hold(folder)
 
 if __name__ == "__main__":
     import sys
@@ -204,10 +199,14 @@ def shell(
 def test_a_run_from_begin_to_end_by_the_command_line(
     api: Api, namespace: str, backend: KubeflowBackend, shell: Shell, shared_folder: str
 ) -> None:
-    """Launched and left alone; looked at, followed, filtered by rank and taken by others, which find it by its id."""
-    begin = ("run", "jobs/work.py:work", "--backend", "kubeflow", "--arg", f"folder={shared_folder}", "--detach")
+    """A plain function, launched and left alone; looked at, followed, filtered by rank and taken by others."""
+    pods = ("--image", "registry.example/train:1", "--namespace", namespace, "--resources", "CPU=0.5,memory=1Gi")
+    ranks = ("--nproc-per-node", 2, "--arg", f"folder={shared_folder}")
+    begin = ("run", "jobs/pytorchjob_trainings.py:hold", "--backend", "kubeflow", *pods, *ranks, "--detach")
     run = shell.output_of(shell.start("-m", "kfpytorch_ray.cli", *begin)).strip()
     wait_for_training(shared_folder)
+    (pod,) = api.find("pods", namespace)
+    assert pod["spec"]["containers"][0]["resources"]["requests"] == {"cpu": "500m", "memory": str(2**30)}
     following = shell.start("-m", "kfpytorch_ray.cli", "logs", "-f", run)
     (listed,) = json.loads(shell.command("list", "--json"))
     assert (listed["run_id"], listed["status"]) == (run, "running")
