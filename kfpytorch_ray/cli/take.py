@@ -14,10 +14,10 @@ import rich_click as click
 from kfpytorch_ray.cli.options import Reach, json_option, reach_options, seconds
 from kfpytorch_ray.cli.reaching import opened
 from kfpytorch_ray.cli.reporting import print_json, result_as_json
-from kfpytorch_ray.errors import ConfigError, LaunchError, StorageError, explain
+from kfpytorch_ray.errors import ConfigError, KfpytorchRayError, StorageError, explain
 from kfpytorch_ray.notices import tell
 from kfpytorch_ray.payload import PICKLE_PROTOCOL
-from kfpytorch_ray.run import RunStatus
+from kfpytorch_ray.run import Run, RunStatus
 
 
 @click.command()
@@ -53,11 +53,9 @@ def result(
     try:
         # Kept until it has arrived: it may not unpickle here, or FILE's disk may be full.
         taken = handle.result(timeout, keep=True)
-    except LaunchError:
+    except KfpytorchRayError:
         if not keep:
-            # Raises the same again, once what is large is removed.
-            with contextlib.suppress(LaunchError):
-                handle.result(0)
+            _remove_what_it_left(handle)
         raise
     if rank not in taken:
         last = len(taken) - 1
@@ -92,6 +90,15 @@ def cancel(run: str, as_json: bool, storage: str | None, address: str | None, ve
     click.echo(ended.value)
     if ended is not RunStatus.STOPPED:
         tell(f"the run {run} had ended before it could be stopped")
+
+
+def _remove_what_it_left(handle: Run) -> None:
+    """Of a run that has ended without values, whatever its error; of another one nothing, as it may be taken later."""
+    with contextlib.suppress(KfpytorchRayError):
+        status = handle.status()
+        if status.ended and status is not RunStatus.SUCCEEDED:
+            # Raises the same again, once what is large is removed.
+            handle.result(0)
 
 
 def _write(path: Path, value: Any) -> None:

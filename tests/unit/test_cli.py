@@ -22,10 +22,13 @@ from kfpytorch_ray import (
     ElasticResult,
     ElasticWorkerResult,
     KfpytorchRayError,
+    PlacementTimeoutError,
     RunPendingError,
     RunStatus,
     RunStoppedError,
+    StorageError,
     UnknownRunError,
+    VersionMismatchError,
     WorkerFailedError,
 )
 from kfpytorch_ray.cli.exit_codes import MEANINGS, ExitCode, exit_code_of
@@ -497,19 +500,41 @@ def test_a_result_can_go_to_a_file(ended: Any, tmp_path: Path) -> None:
     assert "value" not in shown
 
 
-def test_a_failed_run_fails_here_as_it_would_have_there(ended: Any) -> None:
-    """What it left is removed as a result is, unless it is kept."""
-    ended.answer = WorkerFailedError("rank 1: bad")
+@pytest.mark.parametrize(
+    ("error", "now", "code"),
+    [
+        (WorkerFailedError("rank 1: bad"), RunStatus.FAILED, ExitCode.FAILED),
+        (PlacementTimeoutError("no nodes"), RunStatus.FAILED, ExitCode.NO_NODES),
+        (VersionMismatchError("another image"), RunStatus.FAILED, ExitCode.UNREACHABLE),
+        (RunStoppedError("its lease ran out"), RunStatus.STOPPED, ExitCode.STOPPED),
+    ],
+)
+def test_a_failed_run_fails_here_as_it_would_have_there(
+    ended: Any, error: KfpytorchRayError, now: RunStatus, code: ExitCode
+) -> None:
+    """Whatever its error, what it left is removed as a result is, unless it is kept."""
+    ended.answer, ended.now = error, now
     done = cli("result", "kfr-a")
-    assert (done.exit_code, done.stderr) == (ExitCode.FAILED, "Error: rank 1: bad\n")
-    assert ended.calls == [KEPT, TAKEN]
+    assert (done.exit_code, done.stderr) == (code, f"Error: {error}\n")
+    assert ended.calls == [KEPT, ("status",), TAKEN]
+    ended.calls.clear()
+    assert cli("result", "kfr-a", "--keep").exit_code == code
+    assert ended.calls == [KEPT]
+
+
+@pytest.mark.parametrize("now", [RunStatus.RUNNING, RunStatus.SUCCEEDED])
+def test_a_run_that_cannot_be_followed_now_keeps_what_it_has_left(ended: Any, now: RunStatus) -> None:
+    """It goes on, or its result can be taken later."""
+    ended.answer, ended.now = StorageError("away"), now
+    assert cli("result", "kfr-a").exit_code == ExitCode.UNREACHABLE
+    assert ended.calls == [KEPT, ("status",)]
 
 
 def test_a_run_that_has_not_ended_is_not_waited_for_longer(ended: Any) -> None:
     """The timeout has a unit, where one is given."""
     ended.answer = RunPendingError("not yet")
     assert cli("result", "kfr-a", "--timeout", "2m").exit_code == ExitCode.RUNNING
-    assert ended.calls == [("result", 120.0, True)]
+    assert ended.calls == [("result", 120.0, True), ("status",)]
 
 
 # gc
