@@ -21,7 +21,7 @@ from kfpytorch_ray.adapters.kubernetes_findings import (
 )
 from kfpytorch_ray.adapters.ray_findings import job_findings, run_option_problems, stored_option_problems
 from kfpytorch_ray.backends import Findings, JobConfig
-from kfpytorch_ray.checks import one_of
+from kfpytorch_ray.checks import deadline_s, one_of
 from kfpytorch_ray.config import CallOptions, KubeRayBackend, KubernetesOptions
 from kfpytorch_ray.errors import explain
 from kfpytorch_ray.planning import amount_of
@@ -96,7 +96,7 @@ def lost(config: JobConfig, options: KubeRayBackend, arguments: TaskArguments) -
             f"run_policy.ttl_seconds_after_finished=None means {DEFAULT_TTL_S} s here, not for ever: Flyte always has "
             "KubeRay remove the cluster"
         )
-    if policy is not None and policy.active_deadline_seconds is not None:
+    if deadline_s(config) is not None:
         found.append(
             "run_policy.active_deadline_seconds counts from the driver's start: Flyte cannot set it on the RayJob, so "
             "pods that never start are bounded by @task(timeout=) only"

@@ -16,6 +16,7 @@ from kfpytorch_ray.adapters.flyte_ray import DEFAULT_TTL_S, HEAD_CONTAINER, SUBM
 from kfpytorch_ray.adapters.kube_pods import DEFAULT_DEADLINE_S, Manifest, laid_over, pod, resource_metadata
 from kfpytorch_ray.adapters.worker_pods import WorkerGroup, pod_resources, worker_groups, worker_resources
 from kfpytorch_ray.backends import JobConfig
+from kfpytorch_ray.checks import deadline_s
 from kfpytorch_ray.cluster.kube.kinds import CLUSTER_LABEL, SUBMITTER_CONTAINER
 from kfpytorch_ray.config import KubeRayBackend
 from kfpytorch_ray.task_arguments import TaskArguments
@@ -45,7 +46,7 @@ def ray_job(
     """
     policy = config.run_policy
     ttl = policy.ttl_seconds_after_finished if policy else None
-    deadline = policy.active_deadline_seconds if policy else None
+    deadline = deadline_s(config)
     spec: Manifest = {
         "entrypoint": entrypoint,
         "submissionMode": options.submission_mode,

@@ -13,7 +13,7 @@ from typing import Any
 from kfpytorch_ray.adapters.kube_pods import DEFAULT_DEADLINE_S, Manifest, laid_over, pod, resource_metadata
 from kfpytorch_ray.adapters.worker_pods import own_resources, pod_resources, worker_resources
 from kfpytorch_ray.backends import JobConfig
-from kfpytorch_ray.checks import is_elastic, parse_nnodes, worker_count
+from kfpytorch_ray.checks import deadline_s, is_elastic, parse_nnodes, worker_count
 from kfpytorch_ray.cluster.kube.kinds import PYTORCH_CONTAINER
 from kfpytorch_ray.cluster.torch_elastic import RENDEZVOUS_BACKEND
 from kfpytorch_ray.config import CleanPodPolicy, KubeflowBackend, RestartPolicy, RunPolicy
@@ -39,7 +39,7 @@ def pytorch_job(
         name: Of the PyTorchJob; its pods are called ``<name>-worker-0`` and so on.
         command: Of every pod.
     """
-    spec: Manifest = {"runPolicy": _run_policy(config.run_policy, options)}
+    spec: Manifest = {"runPolicy": _run_policy(config, options)}
     if is_elastic(config):
         low, high = parse_nnodes(config.nnodes)  # type: ignore[union-attr]
         workers: int = config.nproc_per_node  # type: ignore[union-attr]
@@ -110,15 +110,14 @@ def _pod(
     )
 
 
-def _run_policy(policy: Any, options: KubeflowBackend) -> Manifest:
+def _run_policy(config: JobConfig, options: KubeflowBackend) -> Manifest:
     """Pods of an ended job stay by default, as their logs are read until the result is taken: by whom may be gone."""
-    policy = RunPolicy() if policy is None else policy
-    deadline_s, ttl_s = policy.active_deadline_seconds, policy.ttl_seconds_after_finished
-    clean = policy.clean_pod_policy
+    policy = RunPolicy() if config.run_policy is None else config.run_policy
+    limit_s, ttl_s, clean = deadline_s(config), policy.ttl_seconds_after_finished, policy.clean_pod_policy
     limit = {} if policy.backoff_limit is None else {"backoffLimit": policy.backoff_limit}
     return {
         "cleanPodPolicy": "None" if clean is None else _CLEAN_POD_POLICIES[CleanPodPolicy(clean.value)],
-        "activeDeadlineSeconds": DEFAULT_DEADLINE_S if deadline_s is None else deadline_s,
+        "activeDeadlineSeconds": DEFAULT_DEADLINE_S if limit_s is None else limit_s,
         "ttlSecondsAfterFinished": math.ceil(options.retention_s) if ttl_s is None else ttl_s,
         **limit,
     }

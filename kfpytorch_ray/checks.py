@@ -16,6 +16,12 @@ START_METHODS = ("spawn", "fork", "forkserver")
 _RUN_POLICY_NUMBERS = ("ttl_seconds_after_finished", "active_deadline_seconds", "backoff_limit")
 
 
+def deadline_s(config: JobConfig) -> int | None:
+    """Seconds that a job may run; None: no limit. 0 is none, too: Flyte's messages cannot tell it from not given."""
+    policy = config.run_policy
+    return (policy.active_deadline_seconds or None) if policy else None
+
+
 def is_elastic(config: JobConfig) -> bool:
     """Whether a config describes a torch elastic job, ours or upstream's; if not, it is a ``PyTorch`` job."""
     return hasattr(config, "nnodes")

@@ -112,7 +112,7 @@ class RunPolicy:
     Args:
         clean_pod_policy: Pods to remove when the job has ended. None leaves it to the operator.
         ttl_seconds_after_finished: Seconds after which an ended job is removed. None: never.
-        active_deadline_seconds: Seconds that the job may run. None: no limit.
+        active_deadline_seconds: Seconds that the job may run. None, and 0: no limit.
         backoff_limit: Restarts before the job counts as failed. None leaves it to the operator.
     """
 

@@ -21,7 +21,7 @@ from flytekit.core.context_manager import ExecutionParameters, FlyteContextManag
 from flytekit.core.data_persistence import FileAccessProvider
 from flytekit.core.resources import ResourceSpec
 
-from kfpytorch_ray.checks import is_elastic, parse_nnodes, worker_count
+from kfpytorch_ray.checks import deadline_s, is_elastic, parse_nnodes, worker_count
 from kfpytorch_ray.config import DEFAULT_ARRIVAL_WINDOW_S, DEFAULT_TIMEOUT_S, Elastic, PyTorch, RestartPolicy
 from kfpytorch_ray.errors import ConfigError
 from kfpytorch_ray.plan import Contract, FlyteContext, LaunchPlan, NodeResources
@@ -96,7 +96,7 @@ def plan_elastic(config: Elastic, call: Call) -> LaunchPlan:
         rdzv_configs=rdzv_configs,
         join_timeout_s=float(join_timeout_s),
         arrival_window_s=float(rdzv_configs.get("last_call_timeout", DEFAULT_ARRIVAL_WINDOW_S)),
-        deadline_s=_deadline_of(config),
+        deadline_s=deadline_s(config),
         config=config,
         arguments=call.arguments,
     )
@@ -126,7 +126,7 @@ def plan_pytorch(config: PyTorch, call: Call) -> LaunchPlan:
         environment=dict(call.arguments.environment),
         max_restarts=_restarts_of(config),
         join_timeout_s=float(DEFAULT_TIMEOUT_S),
-        deadline_s=_deadline_of(config),
+        deadline_s=deadline_s(config),
         config=config,
         arguments=call.arguments,
     )
@@ -274,11 +274,6 @@ def amount_of(quantity: str | float) -> float:
     from kubernetes.utils import parse_quantity
 
     return float(parse_quantity(quantity))
-
-
-def _deadline_of(config: Elastic | PyTorch) -> float | None:
-    seconds = config.run_policy.active_deadline_seconds if config.run_policy else None
-    return None if seconds is None else float(seconds)
 
 
 def _restarts_of(config: PyTorch) -> int:

@@ -52,6 +52,13 @@ def test_an_elastic_job_is_planned_field_by_field() -> None:
     assert plan.resources == NodeResources({"CPU": 8.0})
 
 
+@pytest.mark.parametrize("policy", [None, RunPolicy(), RunPolicy(active_deadline_seconds=0)])
+def test_a_job_without_a_deadline_may_run_for_ever(policy: RunPolicy | None) -> None:
+    """0 is none, as upstream through Flyte."""
+    assert plan_elastic(Elastic(run_policy=policy), call()).deadline_s is None
+    assert plan_pytorch(PyTorch(run_policy=policy), call()).deadline_s is None
+
+
 @pytest.mark.parametrize(
     ("rdzv_configs", "expected"), [({}, 900.0), ({"timeout": 40}, 40.0), ({"join_timeout": "15", "timeout": 40}, 15.0)]
 )

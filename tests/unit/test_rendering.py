@@ -15,7 +15,7 @@ from flytekit import Resources, map_task, task, workflow
 from flytekit.configuration import Image, ImageConfig, SerializationSettings
 from flytekit.tools.translator import get_serializable
 
-from kfpytorch_ray import ConfigError, Elastic, KubeRayBackend, PyTorch, Worker
+from kfpytorch_ray import ConfigError, Elastic, KubeRayBackend, PyTorch, RunPolicy, Worker
 from kfpytorch_ray.backends import BACKEND_VARIABLE
 from kfpytorch_ray.cluster.kube.flyte_execution import FlyteExecution
 from kfpytorch_ray.cluster.kube.flyte_rayjob import ray_job
@@ -80,6 +80,18 @@ def test_the_options_of_the_backend_are_rendered() -> None:
     cluster = render(made, backend).manifests[0]["spec"]["rayClusterSpec"]
     (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
     assert head["resources"]["requests"] == {"cpu": "3", "memory": "5Gi"}
+
+
+@pytest.mark.parametrize("backend", ["kubeflow", "kuberay"])
+@pytest.mark.parametrize("via", ["flyte", "kubernetes"])
+def test_a_deadline_of_0_is_none(backend: str, via: Any) -> None:
+    """As Flyte takes it, whose messages cannot tell it from one that is not given; what is lost with one is not."""
+    zero, none = (
+        render(task(task_config=Elastic(2, run_policy=RunPolicy(active_deadline_seconds=seconds)))(train), backend, via)
+        for seconds in (0, None)
+    )
+    assert zero.manifests == none.manifests
+    assert [line for line in zero.lost if "=0 has no effect" not in line] == list(none.lost)
 
 
 def test_what_cannot_be_rendered_is_refused(double: Any) -> None:
