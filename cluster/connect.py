@@ -52,6 +52,15 @@ def has_joined() -> bool:
     return bool(ray.is_initialized())
 
 
+def job_of_now() -> object:
+    """Equal as long as this process stays in the Ray that it has joined; None where it has joined none.
+
+    After ``ray.shutdown()`` and ``ray.init()`` it is another job, be it on the same Ray: actors of the one before have
+    ended, references lead nowhere, and a call by such an actor's handle aborts the interpreter.
+    """
+    return ray._private.worker.global_worker.current_cluster_and_job if ray.is_initialized() else None
+
+
 def starts_here(options: RayBackend) -> bool:
     """Whether a launch would start a Ray on this machine now."""
     return not has_joined() and _address(options) == "local"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
+from kfpytorch_ray.cluster.connect import job_of_now
 from kfpytorch_ray.cluster.pickling import rebuilt_result
 from kfpytorch_ray.cluster.protocol import SupervisorLostError
 from kfpytorch_ray.errors import NodeLostError, explain
@@ -26,7 +27,8 @@ class Fetcher:
 
     def __init__(self, refs: Sequence[Any]) -> None:
         self._refs = refs
-        self._cluster = ray.get_runtime_context().gcs_address
+        self._job = job_of_now()
+        self._address = ray.get_runtime_context().gcs_address
 
     def __call__(self, rank: int) -> ElasticWorkerResult:
         """The result of a rank; a worker that left without one returned None.
@@ -35,9 +37,9 @@ class Fetcher:
             NodeLostError: The node that stored it, or the whole Ray, is gone.
             ResultError: It cannot be unpickled in this process.
         """
-        # Asked of another Ray, or of none, ray.get would start one or wait for ever.
-        if not ray.is_initialized() or ray.get_runtime_context().gcs_address != self._cluster:
-            raise _lost(rank, f"this process has left the Ray at {self._cluster}")
+        # Asked in another job, or in none, ray.get would wait for ever, or start a Ray.
+        if job_of_now() != self._job:
+            raise _lost(rank, f"This process has left the Ray at {self._address}, and results go with its job there.")
         spooled = stored(self._refs[rank], rank)
         return ElasticWorkerResult(None, [], None) if spooled is None else rebuilt_result(spooled, rank)
 

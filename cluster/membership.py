@@ -315,6 +315,11 @@ class Membership:
             for member in members:
                 _kill(member.handle)
 
+    def forget(self) -> None:
+        """Before ``end``, where the agents have ended with their job: nothing may be asked of them."""
+        self._members = {}
+        self._loading = {}
+
     @property
     def _shutdown_timeout_s(self) -> float:
         archive_s = ARCHIVE_WAIT_S if self._setup.log_archive else 0.0

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import ray
 
+from kfpytorch_ray.cluster.connect import job_of_now
 from kfpytorch_ray.cluster.demand import Demand, fits
 from kfpytorch_ray.cluster.membership import Membership, agents_on
 from kfpytorch_ray.cluster.placement import reserved
@@ -42,7 +43,7 @@ class _Crew:
     Attributes:
         demand: What was reserved for them.
         setup: What their first launch was.
-        cluster: Address of their Ray's GCS.
+        job: That they belong to.
         membership: The agents.
         undo: Ends them and gives their nodes back.
         until: Monotonic seconds at which their time is up.
@@ -50,7 +51,7 @@ class _Crew:
 
     demand: Demand
     setup: AgentSetup
-    cluster: str
+    job: object
     membership: Membership
     undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     until: float = 0.0
@@ -64,12 +65,13 @@ class _Crew:
         return any(fits(asked, has) for asked in demand_that_waits() for has in nodes)
 
     def release(self) -> None:
-        """End the agents and give their nodes back; where the user has left that Ray, both are gone already."""
-        if self._is_there():
-            self.undo.close()
+        """End the agents and give their nodes back; where this process has left their job, both are gone already."""
+        if not self._is_there():
+            self.membership.forget()
+        self.undo.close()
 
     def _is_there(self) -> bool:
-        return ray.is_initialized() and _cluster_of_now() == self.cluster
+        return job_of_now() == self.job
 
 
 _lock = threading.Lock()
@@ -133,7 +135,7 @@ def _new(demand: Demand, setup: AgentSetup, options: RayBackend, *, private: boo
             reserved(demand, name=setup.name, run_id=setup.run_id, private=private, autoscaling=options.autoscaling)
         )
         membership = undo.enter_context(agents_on(reservation, demand.min_nodes, setup.silence_timeout_s))
-        return _Crew(demand, setup, _cluster_of_now(), membership, undo.pop_all())
+        return _Crew(demand, setup, job_of_now(), membership, undo.pop_all())
 
 
 def _taken(demand: Demand, setup: AgentSetup) -> _Crew | None:
@@ -203,10 +205,6 @@ def _release_in_time(crew: _Crew) -> None:
             _release(crew)
     except Exception as error:  # noqa: BLE001 - Ray may be left at any moment, and goes piece by piece
         logger.debug("Agents that are kept cannot be looked at, or given back: %s", error)
-
-
-def _cluster_of_now() -> str:
-    return str(ray.get_runtime_context().gcs_address)
 
 
 _watcher = _Watcher()

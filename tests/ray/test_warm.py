@@ -229,6 +229,48 @@ def test_a_driver_that_leaves_takes_its_agents_along() -> None:
     wait_until(lambda: not agents() and free_cpus() == 8, "its agents to end")
 
 
+TWO_JOBS = """
+import os
+
+import ray
+
+from kfpytorch_ray import Elastic, NodeLostError, RayBackend, launch
+
+
+def launched():
+    ray.init(address=os.environ["RAY_ADDRESS"])
+    return launch(os.getpid, elastic=Elastic(backend=RayBackend(keep_warm_s=600)))
+
+
+first = launched()
+print(first[0].return_value > 0)
+ray.shutdown()
+unread = launched()
+ray.shutdown()
+print(launched()[0].return_value > 0)
+try:
+    unread[0]
+except NodeLostError as error:
+    print(str(error).splitlines()[1])
+"""
+
+
+def test_a_driver_that_leaves_its_ray_and_joins_it_again_has_new_agents() -> None:
+    """Those of before ended with its job; a call to one of them would abort the interpreter."""
+    address = ray.get_runtime_context().gcs_address
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_JOBS],
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    why = f"Why: This process has left the Ray at {address}, and results go with its job there."
+    assert [line for line in done.stdout.splitlines() if line in ("True", why)] == ["True", "True", why]
+
+
 def test_preloaded_modules_are_there_and_dangerous_ones_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
