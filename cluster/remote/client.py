@@ -19,8 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from ray import exceptions as ray_exceptions
 from ray.dashboard.modules.dashboard_sdk import SubmissionClient
-from ray.exceptions import AuthenticationError as RayAuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from kfpytorch_ray.config import RayBackend
@@ -47,6 +47,9 @@ _FORGET_S = (3.0, 5.0, 8.0)
 _TLS_ALERT = "\x15\x03"
 """How a TLS server begins an answer to what is no TLS."""
 
+_RayRefusedError: type[Exception] = getattr(ray_exceptions, "AuthenticationError", ray_exceptions.RayError)
+"""The lowest Ray knows no tokens, and has no error for them."""
+
 _GCS_PORT = 6379
 _RAY_CLIENT_PORT = 10001
 
@@ -71,7 +74,7 @@ class JobClient(JobSubmissionClient):
         except (FileNotFoundError, ssl.SSLError) as error:
             problem = f"verify={verify!r}: {error}; name a file or folder of certificates in PEM that are to be trusted"
             raise ConfigError("RayBackend", (problem,)) from error
-        except (RayAuthenticationError, RuntimeError) as error:
+        except (_RayRefusedError, RuntimeError) as error:
             raise _no_token(address, error) from error
         import ray
 
@@ -181,7 +184,7 @@ class JobClient(JobSubmissionClient):
         kwargs["hooks"] = {"response": lambda answer, *_args, **_kwargs: statuses.append(answer.status_code)}
         try:
             answer = super()._do_request(method, endpoint, **kwargs)
-        except RayAuthenticationError as error:
+        except _RayRefusedError as error:
             raise _refused(self.address, statuses[-1] if statuses else http.HTTPStatus.UNAUTHORIZED) from error
         except requests.exceptions.RequestException as error:
             raise _unreachable(self.address, _reason(error)) from error

@@ -82,11 +82,11 @@ class LaptopCluster:
 
     def _start(self, undo: contextlib.ExitStack) -> None:
         import ray
-        from ray._common.utils import get_default_ray_temp_dir
+        from ray._common.utils import get_ray_address_file
         from ray.cluster_utils import Cluster
 
         # Cluster writes its address there also where the folder is another; where no Ray has run yet, it fails.
-        Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
+        Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
         # Sockets lie in it, whose paths must not be longer than 107 bytes.
         self._folder = tempfile.mkdtemp(prefix="kfr-", dir="/tmp")
         undo.callback(shutil.rmtree, self._folder, ignore_errors=True)

@@ -218,3 +218,13 @@ def test_looking_imports_neither_ray_nor_torch() -> None:
 def test_the_lowest_ray_is_that_of_pyproject() -> None:
     """The constant and the dependency are changed together."""
     assert f'    "ray>={LOWEST_RAY}",\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_an_error_that_the_lowest_ray_lacks_is_not_imported() -> None:
+    """It knows no tokens."""
+    code = (
+        "import ray.exceptions, ray.job_submission\n"
+        "del ray.exceptions.AuthenticationError\n"
+        "from kfpytorch_ray.cluster.remote.client import JobClient\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
