@@ -101,8 +101,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # its base differs b
         self._storages: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is torch.Tensor and obj.dtype in _UNTYPED_DTYPES:
-            return _rebuild_as, (obj.detach().view(_SAME_SIZE[obj.dtype.itemsize]), obj.dtype)
+        if isinstance(obj, torch.Tensor) and _pickles_as_torch_does(type(obj)) and obj.dtype in _UNTYPED_DTYPES:
+            bits = obj.detach().as_subclass(torch.Tensor).view(_SAME_SIZE[obj.dtype.itemsize])
+            return _rebuild_as, (bits, obj.dtype, type(obj), vars(obj))
         if isinstance(obj, torch.storage.TypedStorage):
             untyped = obj._untyped_storage
             # Two tensors on one storage come with two wrappers: the memo must see one object. Two storages may begin at
@@ -126,5 +127,15 @@ def _rebuild_typed_storage(untyped: torch.UntypedStorage, dtype: torch.dtype) ->
     return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
 
 
-def _rebuild_as(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return bits.view(dtype)
+def _pickles_as_torch_does(kind: type[torch.Tensor]) -> bool:
+    """Not so a Parameter, or a subclass that has no memory of its own: they say how, of tensors within them."""
+    default = torch.Tensor
+    return kind.__reduce_ex__ is default.__reduce_ex__ and kind.__torch_dispatch__ is default.__torch_dispatch__
+
+
+def _rebuild_as(
+    bits: torch.Tensor, dtype: torch.dtype, kind: type[torch.Tensor], attributes: dict[str, Any]
+) -> torch.Tensor:
+    rebuilt = bits.view(dtype).as_subclass(kind)
+    vars(rebuilt).update(attributes)
+    return rebuilt

@@ -352,6 +352,25 @@ def test_dtypes_that_torch_itself_cannot_unpickle_come_back(tmp_path: Path, dtyp
     assert again[1].view(torch.uint8).sum() == 0
 
 
+class Tagged(torch.Tensor):
+    """A user's own."""
+
+    tag: str
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.uint16])
+@pytest.mark.parametrize("kind", [torch.Tensor, Tagged])
+def test_tensors_keep_class_and_attributes_whatever_their_dtype(
+    tmp_path: Path, kind: type[torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Newer dtypes are pickled by us, and others by torch: no difference is seen."""
+    given: Any = torch.arange(4).to(dtype).as_subclass(kind)
+    given.tag = "validation"
+    again, same = through_file([given, given], tmp_path)
+    assert (type(again), again.dtype, again.tag) == (kind, dtype, "validation")
+    assert again is same
+
+
 def test_a_default_device_of_the_users_changes_nothing(tmp_path: Path) -> None:
     """A function that called torch.set_default_device returns tensors as any other."""
     with torch.device("meta"):
