@@ -5,6 +5,7 @@ Each node of a launch is a Ray worker pod, as on the way by Flyte; the driver is
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from importlib import metadata
@@ -23,6 +24,16 @@ from kfpytorch_ray.task_arguments import TaskArguments
 
 _DEADLINE_MARGIN_S = 600
 """The driver keeps the user's deadline and says so; KubeRay's comes after it."""
+
+
+_LIKE_THE_HEAD = (
+    *("nodeSelector", "tolerations", "schedulerName", "priorityClassName", "preemptionPolicy"),
+    *("imagePullSecrets", "runtimeClassName", "securityContext", "hostUsers", "os"),
+    # Pull secrets hang on it, and on OpenShift what a pod may do.
+    *("serviceAccountName", "automountServiceAccountToken"),
+    *("dnsPolicy", "dnsConfig", "hostAliases"),
+)
+"""Fields without which the pod beside it may find no node, not get its image, be refused, or not reach the head."""
 
 
 def ray_job(
@@ -144,15 +155,29 @@ def _workers(group: WorkerGroup, options: KubeRayBackend, arguments: TaskArgumen
 
 
 def _submitter(options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
-    """A small pod: KubeRay's own, made of no template, has the size of its image's defaults and no pull secrets."""
-    resources = pod_resources(ResourceSpec(requests=SUBMITTER, limits=SUBMITTER), options.gpu_resource)
-    secrets = (arguments.pod_template.pod_spec.image_pull_secrets if arguments.pod_template else None) or ()
-    return pod(
-        SUBMITTER_CONTAINER,
-        {"image": options.image},
-        (),
-        resources,
-        restartPolicy="Never",
-        serviceAccountName=options.service_account,
-        imagePullSecrets=[{"name": secret.name} for secret in secrets] or None,
-    )
+    """A small pod that is put, pulled and allowed as the head is, for it waits while the workers hold their nodes.
+
+    It only talks to the job server, so nothing is mounted, and no command, variable or container of the templates is in
+    it. Neither are rules of how pods lie to each other: it is none of the nodes that are to be kept together or apart.
+    """
+    head: Manifest = copy.deepcopy(_head(options, arguments)["template"])
+    spec, container = head["spec"], head["spec"]["containers"][0]
+    own = {
+        "name": SUBMITTER_CONTAINER,
+        "image": options.image,
+        "resources": pod_resources(ResourceSpec(requests=SUBMITTER, limits=SUBMITTER), options.gpu_resource),
+    }
+    nodes = spec.get("affinity", {}).get("nodeAffinity")
+    return {
+        **head,
+        "spec": {
+            **({"affinity": {"nodeAffinity": nodes}} if nodes else {}),
+            **_part(spec, _LIKE_THE_HEAD),
+            "containers": [{**own, **_part(container, ("securityContext", "imagePullPolicy"))}],
+            "restartPolicy": "Never",
+        },
+    }
+
+
+def _part(manifest: Manifest, names: tuple[str, ...]) -> Manifest:
+    return {name: manifest[name] for name in names if name in manifest}

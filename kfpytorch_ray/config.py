@@ -362,7 +362,9 @@ class KubeRayBackend(KubernetesOptions, RayRunOptions):
         head_pod_template: What else the head pod has; its primary container is Ray's.
         worker_pod_template: What else worker pods have: node selectors, tolerations, volumes, labels, ...; the primary
             container is Ray's, and has to be the first. Sidecars and init containers of these two are for RayJobs
-            without Flyte, which would drop them. ``@task(pod_template=...)`` shapes all pods alike.
+            without Flyte, which would drop them. ``@task(pod_template=...)`` shapes all pods alike; of the pod that
+            submits the driver without Flyte, where it may run and pull, its security context, labels and annotations,
+            all as the head's, ``head_pod_template`` included.
         head_start_params: Parameters of ``ray start`` on the head, without dashes.
         worker_start_params: Parameters of ``ray start`` on worker pods.
         idle_timeout_s: Seconds after which Ray's autoscaler gives an idle node of a range back. None: its default.
