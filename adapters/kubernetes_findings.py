@@ -8,7 +8,7 @@ from typing import Any
 
 from flytekit import Resources
 
-from kfpytorch_ray.adapters.ray_findings import is_amount
+from kfpytorch_ray.adapters.ray_findings import is_amount, secret_variable
 from kfpytorch_ray.config import KubernetesOptions
 from kfpytorch_ray.errors import explain
 from kfpytorch_ray.task_arguments import TaskArguments
@@ -74,7 +74,7 @@ def left_to_flyte(options: KubernetesOptions, arguments: TaskArguments, job: str
         options: The backend's.
         arguments: What stands beside the config in ``@task(...)``.
         job: Kind of the custom resource.
-        template: The argument whose pod template selects nodes.
+        template: The argument whose pod template shapes the workers' pods.
     """
     found = []
     if arguments.accelerator is not None:
@@ -82,6 +82,16 @@ def left_to_flyte(options: KubernetesOptions, arguments: TaskArguments, job: str
             "accelerator has no effect: what its node label is called Flyte's platform knows; select nodes by "
             f"{template}=PodTemplate(V1PodSpec(node_selector=...)))"
         )
+    if arguments.pod_template_name is not None:
+        found.append(
+            f"pod_template_name has no effect: Flyte looks PodTemplate {arguments.pod_template_name!r} up; give what "
+            f"is in it as {template}=PodTemplate(...))"
+        )
+    found += [
+        f"secret_requests has no effect: Flyte gives pods their secrets; have {secret_variable(secret)} from a "
+        f"Secret of the namespace by {template}=PodTemplate(V1PodSpec(...))), with V1EnvVarSource(secret_key_ref=...)"
+        for secret in arguments.secrets
+    ]
     if arguments.bounded:
         found.append("@task(timeout=) is Flyte's: give run_policy.active_deadline_seconds")
     if options.image is None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlsplit
 
+from flytekit import Secret
+from flytekit.core.context_manager import SecretsManager
+
 from kfpytorch_ray.backends import Findings, JobConfig
 from kfpytorch_ray.checks import is_elastic, one_of
+from kfpytorch_ray.cluster.environment import carried_environment
 from kfpytorch_ray.config import (
     LOGS,
     ON_INTERRUPT,
@@ -57,10 +61,31 @@ def lost(config: JobConfig, options: RayBackend, arguments: TaskArguments) -> tu
         found.append("ephemeral_storage counts for the driver's pod only: Ray cannot reserve disk space")
     found += [
         f"{name} shapes the driver's pod only: Ray's nodes are there already"
-        for name in ("accelerator", "pod_template", "shared_memory")
+        for name in ("accelerator", "pod_template", "pod_template_name", "shared_memory")
         if getattr(arguments, name)
     ]
-    return tuple(found)
+    return (*found, *lost_secrets(options, arguments))
+
+
+def lost_secrets(options: RayBackend, arguments: TaskArguments) -> tuple[str, ...]:
+    """The secrets of a task that workers on other machines than the driver's do not have."""
+    if options.address == "local":
+        return ()
+    return tuple(
+        f"secret_requests: {variable} is in the driver's pod only, not in workers on other machines. Have Flyte give "
+        "it as a variable, Secret(mount_requirement=Secret.MountType.ENV_VAR), and carry it, "
+        f"RayBackend(carried_environment=(*DEFAULT_CARRIED_ENVIRONMENT, {variable!r})): its value then travels with "
+        "the call, and where the cluster is remote, lies in the storage"
+        for secret in arguments.secrets
+        if (variable := secret_variable(secret)) not in carried_environment({variable: ""}, options.carried_environment)
+        or secret.mount_requirement is not Secret.MountType.ENV_VAR
+    )
+
+
+def secret_variable(secret: Secret) -> str:
+    """The variable in which the function looks for a secret: of its own name, else flytekit's."""
+    named: str | None = secret.env_var
+    return named or str(SecretsManager().get_secrets_env_var(secret.group, secret.key, secret.group_version))
 
 
 def _amount_problems(options: RayBackend) -> list[str]:

@@ -51,6 +51,10 @@ class RayAdapter:
         """Name the fields that Ray cannot honour."""
         return ray_findings.find(config, self._options)
 
+    def check_arguments(self, config: JobConfig, arguments: TaskArguments) -> Findings:
+        """Name the arguments of the task without which its workers would fail."""
+        return Findings(warnings=ray_findings.lost_secrets(self._options, arguments))
+
     def task_type(self, config: JobConfig) -> str:
         """A plain pod: it is the driver."""
         return "python-task"

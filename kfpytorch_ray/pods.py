@@ -1,7 +1,8 @@
 """The protocols of adapters that have a say in a task's pods.
 
 Most backends have Flyte make one kind of pod, as flytekit serialises it. An adapter that also is a ``ShapesPods`` makes
-several kinds out of one task; one that is a ``RendersFlyte`` can say what Flyte will make of the task's template.
+several kinds out of one task; a ``ChecksArguments`` cannot honour some of what stands beside the config; a
+``RendersFlyte`` can say what Flyte will make of the task's template.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from kfpytorch_ray.task_arguments import TaskArguments
 
 
 @runtime_checkable
-class ShapesPods(Protocol):
-    """An adapter whose backend makes pods of several kinds out of one task, and mounts /dev/shm in them itself."""
+class ChecksArguments(Protocol):
+    """An adapter that looks at what stands beside a task's config, when the task is defined."""
 
     def check_arguments(self, config: JobConfig, arguments: TaskArguments) -> Findings:
         """Say what of ``arguments`` this backend cannot honour."""
         ...
+
+
+@runtime_checkable
+class ShapesPods(ChecksArguments, Protocol):
+    """An adapter whose backend makes pods of several kinds out of one task, and mounts /dev/shm in them itself."""
 
     def container_resources(self, config: JobConfig, arguments: TaskArguments) -> ResourceSpec:
         """Resources of the task's own container, in place of those that the user gave."""

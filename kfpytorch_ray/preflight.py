@@ -13,7 +13,7 @@ from kfpytorch_ray.backends import Adapter, BackendChoice, JobConfig, choose_bac
 from kfpytorch_ray.checks import problems_of
 from kfpytorch_ray.errors import BackendUnavailableError, ConfigError
 from kfpytorch_ray.pod_template import shared_memory_problems
-from kfpytorch_ray.pods import ShapesPods
+from kfpytorch_ray.pods import ChecksArguments, ShapesPods
 from kfpytorch_ray.task_arguments import TaskArguments
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,11 @@ def admit(
     found.extend(problem for problem in findings.problems if problem not in found)
     warnings = [*findings.warnings]
     adds_shared_memory = False
-    if arguments is not None and isinstance(adapter, ShapesPods):
+    if arguments is not None and isinstance(adapter, ChecksArguments):
         beside = adapter.check_arguments(config, arguments)
         found.extend(beside.problems)
         warnings.extend(beside.warnings)
-    elif arguments is not None:
+    if arguments is not None and not isinstance(adapter, ShapesPods):
         adds_shared_memory = config.increase_shared_mem and arguments.shared_memory in (None, False)
         found.extend(shared_memory_problems(arguments.pod_template) if adds_shared_memory else ())
     if found:

@@ -33,6 +33,8 @@ class TaskArguments:
         shared_memory: Whether Flyte is to mount a volume at /dev/shm, or its size.
         environment: Environment variables of the container.
         bounded: Whether the task has a time-out.
+        secrets: flytekit's ``Secret`` objects that Flyte is to give the task's pods.
+        pod_template_name: Of a PodTemplate on the cluster that Flyte is to lay under the task's pods.
     """
 
     resources: ResourceSpec = field(default_factory=nothing_asked)
@@ -41,6 +43,8 @@ class TaskArguments:
     shared_memory: bool | str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     bounded: bool = False
+    secrets: tuple[Any, ...] = ()
+    pod_template_name: str | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> TaskArguments:
@@ -60,4 +64,6 @@ class TaskArguments:
             shared_memory=arguments.get("shared_memory"),
             environment=environment,
             bounded=bool(getattr(arguments.get("metadata"), "timeout", None)),
+            secrets=tuple(arguments.get("secret_requests") or ()),
+            pod_template_name=arguments.get("pod_template_name"),
         )

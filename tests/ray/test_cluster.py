@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flytekit
 import pytest
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -14,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from kfpytorch_ray import Elastic, InfeasibleError, PlacementTimeoutError, RayBackend, launch
 from kfpytorch_ray.cluster import controller
+from kfpytorch_ray.config import DEFAULT_CARRIED_ENVIRONMENT
 from kfpytorch_ray.testing import meanwhile, wait_until
 from kfpytorch_ray.testing.starting import start_ray
 
@@ -134,3 +136,19 @@ def test_nodes_that_are_missing_are_demand_that_an_autoscaler_sees(two_nodes: Cl
         result = launch(work, str(tmp_path), elastic=on("1:4"))
     assert result.rounds[0].world_size == 2
     wait_until(lambda: demanded() == 0, "the end of the demand", 60)
+
+
+def test_a_secret_that_is_carried_can_be_had_in_workers(two_nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Flyte gives it to the driver's pod as a variable; Ray's nodes, which were there before, have no such thing."""
+    monkeypatch.setenv("_FSEC_WANDB_KEY", "hush")
+
+    def work() -> str:
+        try:
+            return str(flytekit.current_context().secrets.get("wandb", "key"))
+        except ValueError:
+            return "none"
+
+    config = on(1)
+    assert launch(work, elastic=config)[0].return_value == "none"
+    config.backend.carried_environment = (*DEFAULT_CARRIED_ENVIRONMENT, "_FSEC_*")  # type: ignore[union-attr]
+    assert launch(work, elastic=config)[0].return_value == "hush"
