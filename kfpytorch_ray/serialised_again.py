@@ -2,7 +2,7 @@
 
 That container is a plain task's: it has neither the variables nor the config file of the process that registered it, so
 a backend which only these named is not known there. It is said where somebody can do something about it: when the
-tasks are registered, and in the container. Called by the task classes.
+tasks are registered. (In the container, the default may well be meant.) Called by the task classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flytekit.configuration import SerializationSettings
 from flytekit.core.context_manager import FlyteEntities
 from flytekit.core.python_function_task import PythonFunctionTask
 
-from kfpytorch_ray.backends import BACKEND_VARIABLE, DEFAULT_BACKEND, REMOTE_EXECUTION_VARIABLE
+from kfpytorch_ray.backends import BACKEND_VARIABLE, DEFAULT_BACKEND
 from kfpytorch_ray.config import Elastic, PyTorch
 from kfpytorch_ray.errors import explain
 from kfpytorch_ray.preflight import Job
@@ -43,18 +43,6 @@ def warn_of_lost_choice(name: str, job: Job, settings: SerializationSettings) ->
                 f"Set {BACKEND_VARIABLE} for this process, too, or give the backend in the task's config.",
             ),
         )
-    elif REMOTE_EXECUTION_VARIABLE in os.environ:
-        if choice.is_default and not choice.travels:
-            logger.warning(
-                "%s",
-                explain(
-                    f"{name} is serialised in this execution for the backend {DEFAULT_BACKEND!r}, the default.",
-                    "Nothing in this container names another one. What the variables and the config file of the "
-                    "process that registered it say does not come here.",
-                    f"{_ways_out('...', {BACKEND_VARIABLE: '...'})}; Elastic(backend={DEFAULT_BACKEND!r}) if this one "
-                    "is meant.",
-                ),
-            )
     elif lost := {key: value for key, value in _chosen_by(job).items() if key not in given}:
         callers = ", ".join(sorted(_serialising_again(lost)))
         if callers:

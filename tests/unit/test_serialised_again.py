@@ -98,14 +98,14 @@ def test_a_backend_given_by_env_at_registration_holds_in_a_dynamic(tmp_path: Pat
 
 
 def test_who_registers_is_told_that_a_dynamic_does_not_know_this_process_variables(tmp_path: Path) -> None:
-    """And so is who reads the log of its container, where the task falls back to the default."""
+    """There the task falls back to the default."""
     tasks, said = register(tmp_path, **{BACKEND_VARIABLE: "kuberay"})
     assert "flow.train is registered for the backend 'kuberay', but where one of flow.sweep calls it" in said
     assert f"pyflyte register --env {BACKEND_VARIABLE}=kuberay\n" in said
     again, said = execute(tasks["flow.sweep"], tmp_path)
     assert (tasks["flow.train"].type, again.type) == ("ray", "pytorch")
-    assert "flow.train is serialised in this execution for the backend 'kubeflow', the default" in said
-    assert f"--env {BACKEND_VARIABLE}=..." in said
+    # The default may well be meant.
+    assert "flow.train is" not in said
 
 
 def test_upstreams_tasks_are_routed_in_a_dynamic_too_by_env_at_registration(tmp_path: Path) -> None:
