@@ -58,6 +58,7 @@ def ray_job(
     policy = config.run_policy
     ttl = policy.ttl_seconds_after_finished if policy else None
     deadline = deadline_s(config)
+    cluster = _cluster(config, options, arguments)
     spec: Manifest = {
         "entrypoint": entrypoint,
         "submissionMode": options.submission_mode,
@@ -71,7 +72,7 @@ def ray_job(
         # JSON is YAML.
         spec["runtimeEnvYAML"] = json.dumps(runtime_env, sort_keys=True)
     if options.submission_mode == "K8sJobMode":
-        spec["submitterPodTemplate"] = _submitter(options, arguments)
+        spec["submitterPodTemplate"] = _submitter(options, cluster)
     if options.cluster is not None:
         spec["clusterSelector"] = {CLUSTER_LABEL: options.cluster}
         # KubeRay refuses it together with a selector.
@@ -81,7 +82,7 @@ def ray_job(
             # KubeRay takes one or the other.
             spec["shutdownAfterJobFinishes"] = True
             spec["ttlSecondsAfterFinished"] = DEFAULT_TTL_S if ttl is None else ttl
-        spec["rayClusterSpec"] = _cluster(config, options, arguments)
+        spec["rayClusterSpec"] = cluster
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -154,13 +155,17 @@ def _workers(group: WorkerGroup, options: KubeRayBackend, arguments: TaskArgumen
     }
 
 
-def _submitter(options: KubeRayBackend, arguments: TaskArguments) -> Manifest:
+def _submitter(options: KubeRayBackend, cluster: Manifest) -> Manifest:
     """A small pod that is put, pulled and allowed as the head is, for it waits while the workers hold their nodes.
 
     It only talks to the job server, so nothing is mounted, and no command, variable or container of the templates is in
     it. Neither are rules of how pods lie to each other: it is none of the nodes that are to be kept together or apart.
     """
-    head: Manifest = copy.deepcopy(_head(options, arguments)["template"])
+    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    head: Manifest = copy.deepcopy(groups[0]["template"])
+    if any(group["template"]["spec"].get("affinity", {}).get("podAntiAffinity") for group in groups):
+        # Pods are kept from each other by their labels, which would keep this one from their nodes.
+        head.get("metadata", {}).pop("labels", None)
     spec, container = head["spec"], head["spec"]["containers"][0]
     own = {
         "name": SUBMITTER_CONTAINER,

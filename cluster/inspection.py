@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from kfpytorch_ray.errors import (
     UnknownRunError,
     explain,
 )
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "kfpytorch_ray"
 """Of agents' names."""
@@ -73,12 +76,20 @@ def stacks_of(run: str, rank: int | None, address: str | None) -> dict[int, str]
         UnknownRunError: No such run goes on there, or it has no such rank now.
         ConfigError: Several runs begin like this.
         ClusterUnreachableError: No Ray answers.
-        RunError: An agent does not answer.
+        RunError: No agent with such a rank answers. Of those that do not answer beside others, a warning tells.
     """
     with _agents(run, address) as agents:
         found: dict[int, str] = {}
-        for answer in _answers([agent.stacks.remote(rank) for agent in agents], _WAIT_S):
-            found.update(answer)
+        try:
+            for answer in _answers([agent.stacks.remote(rank) for agent in agents], _WAIT_S):
+                found.update(answer)
+                if rank is not None and found:
+                    break
+        except RunError as silent:
+            # Most often what somebody looks for is why one node hangs.
+            if not found:
+                raise
+            logger.warning("%s", silent)
     if not found:
         raise _no_rank(run, rank)
     return dict(sorted(found.items()))
@@ -98,7 +109,7 @@ def flamegraph_of(run: str, rank: int, duration_s: int, address: str | None) -> 
     """
     with _agents(run, address) as agents:
         answers = _answers([agent.flamegraph.remote(rank, duration_s) for agent in agents], duration_s + _WAIT_S)
-    found = next((answer for answer in answers if answer is not None), None)
+        found = next((answer for answer in answers if answer is not None), None)
     if found is None:
         raise _no_rank(run, rank)
     svg, problem = found
@@ -187,22 +198,27 @@ def _all_agents() -> list[tuple[str, Any]]:
     return agents
 
 
-def _answers(asked: list[Any], timeout_s: float) -> list[Any]:
-    done, missing = ray.wait(asked, num_returns=len(asked), timeout=timeout_s) if asked else ([], [])
-    answers = []
-    for ref in done:
+def _answers(asked: list[Any], timeout_s: float) -> Iterator[Any]:
+    """Answers of agents as they come.
+
+    Raises:
+        RunError: Those that remain have not answered in time.
+    """
+    until = time.monotonic() + timeout_s
+    waiting = asked
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=max(0.0, until - time.monotonic()))
+        if not done:
+            raise RunError(
+                explain(
+                    f"{len(waiting)} of {len(asked)} nodes have not answered within {timeout_s:g} s.",
+                    "They are overloaded, or cut off.",
+                    "Try again; or look at one rank, whose node may answer.",
+                )
+            )
         # An agent that has just ended has no ranks.
         with contextlib.suppress(RayError):
-            answers.append(ray.get(ref))
-    if missing:
-        raise RunError(
-            explain(
-                f"{len(missing)} of {len(asked)} nodes have not answered within {timeout_s:g} s.",
-                "They are overloaded, or cut off.",
-                "Try again, or look at one rank.",
-            )
-        )
-    return answers
+            yield ray.get(done[0])
 
 
 def _no_rank(run: str, rank: int | None) -> UnknownRunError:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
-from kfpytorch_ray.notices import tell
+from kfpytorch_ray.notices import is_terminal, tell
 
 TERMINATED = 128 + signal.SIGTERM
 """The exit code of a process that SIGTERM has ended in order."""
@@ -79,7 +79,7 @@ def wants_to_stop(on_interrupt: str, run_id: str) -> bool:
         on_interrupt: ``"stop"``, ``"detach"``, or ``"ask"`` where there is somebody to ask.
         run_id: Of the run, for the question.
     """
-    if on_interrupt != "ask" or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+    if on_interrupt != "ask" or not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
         return on_interrupt != "detach"
     try:
         with interruptible():

@@ -148,7 +148,11 @@ def choose_backend(
         return _known(BackendChoice(explicit.name, explicit), "the task's config")
     if explicit:
         return _known(BackendChoice(explicit), "the task's config")
-    if named := (task_environment or {}).get(BACKEND_VARIABLE) or _registered_with().get(BACKEND_VARIABLE):
+    given = _registered_with().get(BACKEND_VARIABLE)
+    if REMOTE_EXECUTION_VARIABLE in os.environ:
+        # The environment of a @dynamic, in whose container this is, is nearer than what all were registered with.
+        given = os.environ.get(BACKEND_VARIABLE) or given
+    if named := (task_environment or {}).get(BACKEND_VARIABLE) or given:
         return _known(BackendChoice(named), f"the variable {BACKEND_VARIABLE}")
     if named := os.environ.get(BACKEND_VARIABLE):
         return _known(BackendChoice(named, travels=False), f"the variable {BACKEND_VARIABLE}")

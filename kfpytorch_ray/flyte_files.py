@@ -155,7 +155,8 @@ def _get_whole(
     parent = os.path.dirname(target)
     os.makedirs(parent, exist_ok=True)
     # On the file system of the target: what is moved to another one is written there bit by bit.
-    beside = target if os.path.ismount(target) else parent
+    inside = os.path.isdir(target) and (os.path.ismount(target) or not os.access(parent, os.W_OK))
+    beside = target if inside else parent
     with tempfile.TemporaryDirectory(prefix=".", dir=beside) as scratch:
         whole = os.path.join(scratch, "whole")
         if os.path.isdir(target) and not is_multipart:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast, overload
 
 from flytekit import PythonFunctionTask
 from flytekit.core.base_task import Task
+from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.checks import is_elastic
 from kfpytorch_ray.config import Elastic
@@ -78,6 +80,7 @@ def launch_function(
     *,
     wait: bool = True,
     task: PythonFunctionTask[Any] | None = None,
+    resources: ResourceSpec | None = None,
 ) -> ElasticResult | Run:
     """``launch()``, whose arguments no name of a keyword can meet.
 
@@ -88,6 +91,7 @@ def launch_function(
         config: Nodes, workers, restarts and backend.
         wait: As in ``launch``.
         task: The Flyte task whose function ``fn`` is: the launch has its name, resources and environment.
+        resources: Of a node, in the place of the task's.
 
     Raises:
         KfpytorchRayError: As ``launch``.
@@ -100,6 +104,8 @@ def launch_function(
         )
         raise ConfigError("launch", (problem,))
     arguments = _arguments_of(task)
+    if resources is not None:
+        arguments = replace(arguments, resources=resources)
     job = admit(config, arguments.environment, _function_problems(fn), None if task is None else arguments)
     if not wait and not isinstance(job.adapter, DetachedAdapter):
         problem = explain(

@@ -15,7 +15,7 @@ from flytekit.configuration import SerializationSettings
 from flytekit.core.context_manager import FlyteEntities
 from flytekit.core.python_function_task import PythonFunctionTask
 
-from kfpytorch_ray.backends import BACKEND_VARIABLE, DEFAULT_BACKEND
+from kfpytorch_ray.backends import BACKEND_VARIABLE, DEFAULT_BACKEND, REMOTE_EXECUTION_VARIABLE
 from kfpytorch_ray.config import Elastic, PyTorch
 from kfpytorch_ray.errors import explain
 from kfpytorch_ray.preflight import Job
@@ -32,6 +32,8 @@ def warn_of_lost_choice(name: str, job: Job, settings: SerializationSettings) ->
         job: Its config and backend.
         settings: By which it is serialised.
     """
+    if REMOTE_EXECUTION_VARIABLE in os.environ:
+        return
     choice = job.choice
     given = settings.env or {}
     if not choice.travels and given.get(BACKEND_VARIABLE, choice.name) != choice.name:
@@ -75,7 +77,7 @@ def _serialising_again(lost: Mapping[str, str]) -> Iterator[str]:
         if (
             isinstance(entity, PythonFunctionTask)
             and entity.execution_mode is not PythonFunctionTask.ExecutionBehavior.DEFAULT
-            and not lost.keys() <= (entity.environment or {}).keys()
+            and not lost.items() <= (entity.environment or {}).items()
         ):
             yield entity.name
 

@@ -38,7 +38,7 @@ from kfpytorch_ray.errors import (
     StorageError,
     explain,
 )
-from kfpytorch_ray.notices import tell
+from kfpytorch_ray.notices import tell, write
 from kfpytorch_ray.report.data import Activity, Phase, RunReport
 from kfpytorch_ray.results import ElasticResult, ElasticWorkerResult
 from kfpytorch_ray.run import RunStatus
@@ -266,8 +266,7 @@ class RemoteRun:
         try:
             with interruptible():
                 for line in self.logs(follow=True):
-                    sys.stdout.write(f"{line}\n")
-                    sys.stdout.flush()
+                    write(sys.stdout, f"{line}\n")
         except (KeyboardInterrupt, SystemExit):
             self._interrupted()
             raise

@@ -84,8 +84,8 @@ class LeaseKeeper(FolderThread):
 class LeaseWatch(FolderThread):
     """Watches the lease of this process's run, and ends the process by SIGTERM when it has run out.
 
-    Time in which the storage is away is no silence: whoever keeps the lease cannot write it then either, and has a
-    whole lease for it from the first answer on.
+    Time in which this process waits for the storage, because it is away, slow or hangs, is no silence: whoever keeps
+    the lease may not be able to write it then either.
     """
 
     def __init__(self, folder: Storage, lease_s: float | None) -> None:
@@ -93,20 +93,19 @@ class LeaseWatch(FolderThread):
         self._lease_s = lease_s or 0.0
         self._seen: bytes | None = None
         self._changed_at = time.monotonic()
+        self._waits_since: float | None = None
+        """Since when the storage is asked and has not answered."""
         self.reason = ""
         self.fix = "Launch it again."
 
     def _do(self) -> None:
-        asked_at = time.monotonic()
-        try:
-            now = self._folder.read(LEASE)
-        except StorageError:
-            self._changed_at = time.monotonic()
-            raise
+        if self._waits_since is None:
+            self._waits_since = time.monotonic()
+        now = self._folder.read(LEASE)
         answered_at = time.monotonic()
-        # A mount that hangs, and a client that tries again by itself, raise nothing.
-        blocked = answered_at - asked_at > self._lease_s / _LOOKS_PER_LEASE
-        if now != self._seen or blocked:
+        self._changed_at += answered_at - self._waits_since
+        self._waits_since = None
+        if now != self._seen:
             self._seen, self._changed_at = now, answered_at
         elif answered_at - self._changed_at > self._lease_s and not self.reason:
             self.reason = f"Whoever launched it has given no sign of life for lease_s={self._lease_s:g} s."

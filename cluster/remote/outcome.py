@@ -25,6 +25,7 @@ from kfpytorch_ray.errors import (
     StorageError,
     WorkerFailedError,
     explain,
+    text_of,
 )
 from kfpytorch_ray.report.data import RunReport
 from kfpytorch_ray.results import ElasticWorkerResult, RoundRecord
@@ -77,7 +78,7 @@ def error_of(error: Exception, who: str) -> KfpytorchRayError:
     if isinstance(error, KfpytorchRayError):
         return error
     logger.error("%s has failed.", who, exc_info=error)
-    why = f"{type(error).__name__}: {error}"
+    why = text_of(error)
     fix = "Look into the last lines of its log; launch again."
     return LaunchError(explain(f"{who} failed by an error that it does not know.", why, fix), time.time())
 

@@ -6,7 +6,7 @@ import pickle
 from typing import Any
 
 from kfpytorch_ray.cluster.remote.versions import here
-from kfpytorch_ray.errors import IntegrityError, StorageError, VersionMismatchError, explain
+from kfpytorch_ray.errors import IntegrityError, StorageError, VersionMismatchError, explain, text_of
 from kfpytorch_ray.runs import MANIFEST, REQUEST, Manifest
 from kfpytorch_ray.storage import Storage, digest_of
 
@@ -47,7 +47,7 @@ def read_request(folder: Storage, sha256: str) -> tuple[Manifest, Any]:
         raise VersionMismatchError(
             explain(
                 f"The request of the run {manifest.run_id} cannot be unpickled where it is to run.",
-                f"{type(error).__name__}: {error}. Where it was launched: {manifest.versions or 'versions unknown'}. "
+                f"{text_of(error)}. Where it was launched: {manifest.versions or 'versions unknown'}. "
                 f"Where it is to run: {here()}.",
                 "Have the same kfpytorch_ray, flytekit and Python in the image, or on the Ray, as where you launch.",
             )

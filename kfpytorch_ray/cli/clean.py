@@ -6,14 +6,14 @@ Outputs and checkpoints, which functions wrote there, stay: they are the user's.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import rich_click as click
 
 from kfpytorch_ray.cli.options import Reach, json_option, reach_options, seconds
 from kfpytorch_ray.cli.reaching import Standing, standings
 from kfpytorch_ray.cli.reporting import print_json, span
-from kfpytorch_ray.errors import KfpytorchRayError, StorageError, explain
+from kfpytorch_ray.errors import ClusterUnreachableError, ConfigError, KfpytorchRayError, StorageError, explain
 from kfpytorch_ray.notices import tell
 from kfpytorch_ray.run import RunStatus, open_run
 from kfpytorch_ray.runs import RunSummary, expired_runs, remove_run, stale_files
@@ -103,10 +103,11 @@ def gc(
     removed, kept = sort_out(old, standings(old, reach), now, unknown=older_than is not None)
     failed: list[tuple[str, StorageError]] = []
     gone: list[str] = []
+    remover = _Remover(place, reach, anyway=older_than is not None)
     for run in removed:
         run_id = run.manifest.run_id
         try:
-            why = "" if dry_run else _remove(run, place, reach, anyway=older_than is not None)
+            why = "" if dry_run else remover.remove(run)
         except StorageError as error:
             failed.append((run_id, error))
             continue
@@ -130,27 +131,60 @@ def gc(
     click.echo(f"{removals} removed." if removals else "Nothing to remove.", err=True)
 
 
-def _remove(run: RunSummary, place: Storage, reach: Reach, *, anyway: bool) -> str:
-    """Remove a run, and what its cluster keeps of it; why it stays, else empty."""
-    if stays := _why_job_stays(run, reach):
-        if not anyway:
-            # What the storage has of the run is all that leads to it.
-            return f"{stays}: --older-than removes the run from the storage all the same"
-        tell(f"{run.manifest.run_id}: {stays}")
-    remove_run(place, run.manifest.run_id)
-    return ""
+@dataclass
+class _Remover:
+    """Removes runs, and what Kubernetes clusters keep of them.
 
+    Attributes:
+        place: The storage.
+        reach: How clusters are reached.
+        anyway: Whether runs are removed, too, of which a cluster keeps its part.
+        silent: Why clusters did not answer, by address: they are not asked again.
+    """
 
-def _why_job_stays(run: RunSummary, reach: Reach) -> str:
-    """Have the cluster remove the custom resource that its operator keeps; why that was not possible, else empty."""
-    backend = run.manifest.backend
-    if backend in _KEPT_BY_OPERATORS:
+    place: Storage
+    reach: Reach
+    anyway: bool
+    silent: dict[str, str] = field(default_factory=dict)
+
+    def remove(self, run: RunSummary) -> str:
+        """Remove a run; why it stays, else empty.
+
+        Raises:
+            StorageError: What it has left in the storage cannot be removed.
+        """
+        if kind := _KEPT_BY_OPERATORS.get(run.manifest.backend):
+            try:
+                if at_work := self._forget(run):
+                    return at_work
+            except KfpytorchRayError as error:
+                why = f"its {kind} cannot be removed ({_in_short(error)})"
+                if not self.anyway:
+                    # What the storage has of the run is all that leads to it.
+                    return f"{why}: --older-than removes the run from the storage all the same"
+                tell(f"{run.manifest.run_id}: {why}")
+        remove_run(self.place, run.manifest.run_id)
+        return ""
+
+    def _forget(self, run: RunSummary) -> str:
+        """Have the cluster forget a run; its status where it turns out to be at work, which was not known before."""
+        address = run.manifest.address
+        if address in self.silent:
+            raise ClusterUnreachableError(self.silent[address])
+        handle = open_run(run.manifest, self.reach.options(run.manifest.backend))
         try:
-            open_run(run.manifest, reach.options(backend)).forget()
-        except KfpytorchRayError as error:
-            first, *_ = str(error).splitlines()
-            return f"its {_KEPT_BY_OPERATORS[backend]} cannot be removed ({first})"
-    return ""
+            if run.outcome is None and not (status := handle.status()).ended:
+                return status.value
+            handle.forget()
+        except ClusterUnreachableError as error:
+            self.silent[address] = str(error)
+            raise
+        return ""
+
+
+def _in_short(error: KfpytorchRayError) -> str:
+    said = error.problems[0] if isinstance(error, ConfigError) else str(error)
+    return said.splitlines()[0]
 
 
 def _remove_stale(place: Storage, now: float, *, dry_run: bool) -> list[str]:

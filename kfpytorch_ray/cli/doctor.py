@@ -32,6 +32,7 @@ from kfpytorch_ray.doctor.judgement import judge
 from kfpytorch_ray.doctor.machine import measure, try_storage
 from kfpytorch_ray.doctor.settings import judge_settings, read_settings
 from kfpytorch_ray.errors import KfpytorchRayError
+from kfpytorch_ray.notices import is_terminal
 from kfpytorch_ray.runs import STORAGE_VARIABLE, storage_of
 
 _COLOURS = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
@@ -157,7 +158,7 @@ def _table(findings: Sequence[Finding], width: int) -> Table:
 
 
 def _print(findings: Sequence[Finding]) -> None:
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         show(findings, Console(highlight=False))
         return
     # In a pipe rich takes 80 columns, which is little for sentences, and fills every line up.

@@ -55,6 +55,9 @@ def flamegraph(
     verify: bool | str | None,
 ) -> None:
     """Draw where a rank of a run spends its time. Needs py-spy on the nodes."""
+    if not output.parent.is_dir():
+        msg = f"there is no folder {str(output.parent)!r}"
+        raise click.BadParameter(msg, param_hint="--output")
     backend = _reached(Reach(storage, address, verify))
     svg = flamegraph_of(run, rank, duration_s=max(1, round(duration)), storage=storage, backend=backend)
     output.write_text(svg, encoding="utf-8")

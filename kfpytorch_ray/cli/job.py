@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from flytekit import Resources
+from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray.backends import BACKEND_VARIABLE, BackendChoice, choose_backend
 from kfpytorch_ray.checks import is_elastic
@@ -64,8 +65,9 @@ def elastic_of(target: Target, wanted: Wanted) -> Elastic:
     options = dict(wanted.options)
     before: Any = choice.options
     makes_pods = _makes_pods(choice, options)
-    if makes_pods and "resources_per_node" in options:
-        options["requests"] = _requests(options.pop("resources_per_node"))
+    if makes_pods:
+        # They are the launch's: pod_resources.
+        options.pop("resources_per_node", None)
     if choice.name == RayBackend.name and (found := headers()) is not None:
         options["headers"] = {**getattr(before, "headers", {}), **found}
     if wanted.env:
@@ -78,6 +80,18 @@ def elastic_of(target: Target, wanted: Wanted) -> Elastic:
     if unnamed and (folder := _working_dir(target, choice, options, makes_pods)) is not None:
         options["working_dir"] = folder
     return replace(base, **wanted.elastic, backend=overlaid(choice.name, before, options) or choice.name)
+
+
+def pod_resources(target: Target, wanted: Wanted) -> ResourceSpec | None:
+    """Of a node's pod, in the place of the task's; None where none were given, or no pods are made here.
+
+    Raises:
+        ConfigError: As ``elastic_of``; or an amount that no pod can have.
+    """
+    amounts = wanted.options.get("resources_per_node")
+    if amounts is None or not _makes_pods(_choice(target, _base(target), wanted), wanted.options):
+        return None
+    return ResourceSpec(requests=_requests(amounts), limits=Resources())
 
 
 def _working_dir(target: Target, choice: BackendChoice, options: Mapping[str, Any], makes_pods: bool) -> str | None:
@@ -98,6 +112,11 @@ def _makes_pods(choice: BackendChoice, options: Mapping[str, Any]) -> bool:
 
 
 def _requests(amounts: Mapping[str, float]) -> Resources:
+    if not amounts.get("GPU", 0.0).is_integer():
+        problem = explain(
+            "--resources: a pod has whole GPUs only.", "So Kubernetes counts them.", "Give a whole number."
+        )
+        raise ConfigError("kfpytorch-ray", (problem,))
     if unknown := amounts.keys() - _REQUESTS.keys():
         problem = explain(
             f"--resources: a pod has no {', '.join(sorted(unknown))} that could be asked for here.",

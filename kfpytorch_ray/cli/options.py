@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -67,9 +68,11 @@ def amounts(value: str) -> dict[str, float]:
         name, amount = pair(part.strip())
         try:
             found[name] = amount_of(amount)
-        except (ValueError, ArithmeticError) as error:
+        except (ValueError, ArithmeticError):
+            found[name] = math.nan
+        if not 0 <= found[name] < math.inf:
             msg = f"{part.strip()!r} is no amount such as CPU=8, GPU=1 or memory=64Gi"
-            raise click.BadParameter(msg) from error
+            raise click.BadParameter(msg)
     return found
 
 
@@ -147,11 +150,8 @@ class Reach:
         Raises:
             ConfigError: The backend has no such options; or as ``given``.
         """
-        given = self.given()
-        if backend != RayBackend.name:
-            # Those of the environment are meant for Ray's job servers.
-            given.pop("headers", None)
-        return overlaid(backend, None, given)
+        # All that can be given is meant for Ray's job servers.
+        return overlaid(backend, None, self.given()) if backend == RayBackend.name else None
 
 
 def overlaid(backend: str, base: BackendOptions | None, given: Mapping[str, Any]) -> BackendOptions | None:

@@ -18,6 +18,7 @@ from typing import Any
 import rich_click as click
 
 from kfpytorch_ray.errors import KfpytorchRayError
+from kfpytorch_ray.notices import is_terminal
 from kfpytorch_ray.results import ElasticResult, RoundRecord
 
 JSON_KEY = "kfpytorch_ray.json"
@@ -66,11 +67,11 @@ def output_on_stderr(wanted: bool) -> Iterator[None]:
 
 def value_as_json(value: Any) -> dict[str, Any]:
     """A value under ``value`` where JSON can say it, else its ``repr`` under ``value_repr``."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
     try:
+        plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
         # NaN and infinity are no JSON.
         json.dumps(plain, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
+    except Exception:  # noqa: BLE001 - copying a field is the business of the user's class
         return {"value_repr": repr(value)}
     return {"value": plain}
 
@@ -106,7 +107,7 @@ def local_time(timestamp: float) -> str:
 
 def table_width() -> int | None:
     """How wide a table may be; None: as the terminal is."""
-    return None if sys.stdout.isatty() else _TABLE_WIDTH
+    return None if is_terminal(sys.stdout) else _TABLE_WIDTH
 
 
 def _round_as_json(ended: RoundRecord) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import rich_click as click
 
 from kfpytorch_ray.cli.arguments import bind
-from kfpytorch_ray.cli.job import Wanted, elastic_of
+from kfpytorch_ray.cli.job import Wanted, elastic_of, pod_resources
 from kfpytorch_ray.cli.options import (
     amounts,
     json_option,
@@ -138,7 +138,8 @@ def run(
         found = find_target(target)
         bound = bind(found.function, arguments)
         config = elastic_of(found, wanted)
-        launch = partial(launch_function, found.function, bound.args, bound.kwargs, config, task=found.task)
+        call = (found.function, bound.args, bound.kwargs, config)
+        launch = partial(launch_function, *call, task=found.task, resources=pod_resources(found, wanted))
         if detach:
             submitted = cast(Run, launch(wait=False))
         else:

@@ -13,7 +13,7 @@ import rich_click as click
 
 from kfpytorch_ray.cli.options import Reach, json_option, reach_options, seconds
 from kfpytorch_ray.cli.reaching import opened
-from kfpytorch_ray.cli.reporting import print_json, result_as_json
+from kfpytorch_ray.cli.reporting import output_on_stderr, print_json, result_as_json
 from kfpytorch_ray.errors import ConfigError, KfpytorchRayError, StorageError, explain
 from kfpytorch_ray.notices import tell
 from kfpytorch_ray.payload import PICKLE_PROTOCOL
@@ -61,13 +61,16 @@ def result(
         last = len(taken) - 1
         problem = explain(f"--rank {rank} has no value.", f"Its ranks are 0 to {last}.", "Name one of these.")
         raise ConfigError(run, (problem,))
+    # Modules that are imported with a value may print.
+    with output_on_stderr(as_json):
+        value = taken[rank].return_value
     if output is not None:
-        _write(output, taken[rank].return_value)
+        _write(output, value)
         tell(f"the value of rank {rank} is in {output}")
     if as_json:
         print_json(result_as_json(taken, rank, None if output is None else str(output)))
     elif output is None:
-        click.echo(repr(taken[rank].return_value))
+        click.echo(repr(value))
     if not keep:
         handle.collect()
 

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from kfpytorch_ray.live.plain import Plain
 from kfpytorch_ray.live.view import Live, Silent, View
+from kfpytorch_ray.notices import is_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -64,4 +65,4 @@ def view_for(environment: Mapping[str, str], stream: TextIO) -> View:
 def _can_draw(environment: Mapping[str, str], stream: TextIO) -> bool:
     """Whether this is a terminal that nobody else draws on: not pytest, which writes its own lines, nor a notebook."""
     others = "PYTEST_CURRENT_TEST" in environment or "ipykernel" in sys.modules
-    return stream.isatty() and environment.get("TERM", "dumb") != "dumb" and not others
+    return is_terminal(stream) and environment.get("TERM", "dumb") != "dumb" and not others

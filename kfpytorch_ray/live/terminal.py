@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
@@ -19,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kfpytorch_ray.live.status import Phase, Status, clock, shown_steps
-from kfpytorch_ray.notices import tell
+from kfpytorch_ray.notices import is_terminal, tell
 
 _PER_SECOND = 5
 _BAR_WIDTH = 24
@@ -51,7 +52,7 @@ class Terminal:
         self._spinner = Spinner("dots")
         self._began = time.monotonic()
         # What is printed to a file or a pipe belongs there.
-        shared = sys.stdout.isatty()
+        shared = is_terminal(sys.stdout)
         self._live = RichLive(
             get_renderable=self._render,
             console=self._console,
@@ -78,9 +79,13 @@ class Terminal:
 
     def close(self, status: Status, how: str) -> None:
         """Leave the terminal as it was, and one line that says how it ended."""
-        self._live.stop()
+        # The terminal may have been closed.
+        gone = (OSError, ValueError)
+        with contextlib.suppress(*gone):
+            self._live.stop()
         for handler in self._handlers:
-            handler.setStream(self._errors)
+            with contextlib.suppress(*gone):
+                handler.setStream(self._errors)
         _taken.release()
         tell(f"{status.name} ({status.run_id}): {how} after {clock(time.monotonic() - self._began)}")
 

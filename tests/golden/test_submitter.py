@@ -14,11 +14,13 @@ from kubernetes.client import (
     V1Container,
     V1EmptyDirVolumeSource,
     V1EnvVar,
+    V1LabelSelector,
     V1LocalObjectReference,
     V1NodeAffinity,
     V1NodeSelector,
     V1NodeSelectorRequirement,
     V1NodeSelectorTerm,
+    V1PodAffinityTerm,
     V1PodAntiAffinity,
     V1PodSecurityContext,
     V1PodSpec,
@@ -101,9 +103,16 @@ def train() -> int:
     return 1
 
 
-def ray_job(template: PodTemplate | None, head: PodTemplate | None) -> dict[str, Any]:
+def ray_job(
+    template: PodTemplate | None, head: PodTemplate | None = None, workers: PodTemplate | None = None
+) -> dict[str, Any]:
     """Of a task with GPUs, in whose namespace all pods have a service account."""
-    backend = KubeRayBackend(image="registry.example/train:1", service_account="pods", head_pod_template=head)
+    backend = KubeRayBackend(
+        image="registry.example/train:1",
+        service_account="pods",
+        head_pod_template=head,
+        worker_pod_template=workers,
+    )
     made = task(task_config=Elastic(2, backend=backend), pod_template=template, requests=Resources(gpu="8"))(train)
     (job,) = render(made, via="kubernetes").manifests
     return job
@@ -151,6 +160,19 @@ def test_it_is_put_pulled_and_allowed_as_the_head_is(
 ) -> None:
     """Without its containers, mounts, GPUs and what keeps nodes apart: it only talks to the job server."""
     assert ray_job(template, head)["spec"]["submitterPodTemplate"] == submitter
+
+
+@pytest.mark.parametrize("of", ["head", "workers"])
+def test_pods_that_are_kept_apart_by_labels_do_not_keep_it_away(of: str) -> None:
+    """A rule that each of them has a node of its own counts against whoever has their labels."""
+    apart = V1PodAffinityTerm(
+        label_selector=V1LabelSelector(match_labels={"team": "a"}), topology_key="kubernetes.io/hostname"
+    )
+    rule = V1PodAntiAffinity(required_during_scheduling_ignored_during_execution=[apart])
+    template = PodTemplate(pod_spec=V1PodSpec(containers=[], affinity=V1Affinity(pod_anti_affinity=rule)))
+    labelled = PodTemplate(labels={"team": "a"}, annotations=NO_SIDECAR)
+    job = ray_job(labelled, **{of: template})
+    assert job["spec"]["submitterPodTemplate"]["metadata"] == {"annotations": NO_SIDECAR}
 
 
 @pytest.mark.parametrize("head", [None, OF_THE_HEAD])

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
-from kfpytorch_ray import ConfigError, RayBackend, UnknownRunError, stacks
+from kfpytorch_ray import ConfigError, RayBackend, RunError, UnknownRunError, stacks
+from kfpytorch_ray.cluster import inspection
 from kfpytorch_ray.cluster.inspection import AgentName
 from kfpytorch_ray.cluster.stacks import find_py_spy
 from kfpytorch_ray.testing import wait_until
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 DRIVER = """
 import os, sys, tempfile, time
 import ray
-from kfpytorch_ray import Elastic, launch
+from kfpytorch_ray import Elastic, RayBackend, launch
 
 def computes_without_end(folder):
     open(os.path.join(folder, f"begun-{os.environ['RANK']}"), "w").close()
@@ -34,7 +36,7 @@ def other_name(folder):
 
 ray.init(address="local", num_cpus=4, include_dashboard=False, _temp_dir=sys.argv[2], logging_level="ERROR")
 print(ray.get_runtime_context().gcs_address, flush=True)
-launch(other_name, sys.argv[1], elastic=Elastic(nnodes=2, nproc_per_node=1, backend="ray"))
+launch(other_name, sys.argv[1], elastic=Elastic(2, 1, backend=RayBackend(silence_timeout_s=120)))
 """
 
 
@@ -104,6 +106,33 @@ def test_stacks_of_one_rank_by_python(running: Running) -> None:
         stacks(running.run, rank=7, backend=backend)
     with pytest.raises(UnknownRunError, match=running.run):
         stacks("launch-of-somebody-else", backend=backend)
+
+
+def test_a_node_that_does_not_answer_does_not_hide_the_others(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be what everybody waits for; its own rank is not to be had."""
+    monkeypatch.setattr(inspection, "_WAIT_S", 3.0)
+    backend = RayBackend(address=running.address)
+    agents = [process for process in psutil.process_iter() if "ElasticAgent" in _title(process)]
+    assert len(agents) == 2
+    agents[0].suspend()
+    try:
+        (answered,) = stacks(running.run, backend=backend)
+        assert "1 of 2 nodes have not answered" in caplog.text
+        assert stacks(running.run, rank=answered, backend=backend).keys() == {answered}
+        with pytest.raises(RunError, match="1 of 2 nodes"):
+            stacks(running.run, rank=1 - answered, backend=backend)
+    finally:
+        agents[0].resume()
+    assert stacks(running.run, backend=backend).keys() == {0, 1}
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 @pytest.mark.skipif(find_py_spy() is None, reason="py-spy is not installed")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -636,3 +638,78 @@ def test_gc_keeps_a_run_whose_custom_resource_it_cannot_remove(
     done = cli("gc", "--older-than", "1d")
     assert done.stdout == "removed kfr-old\n"
     assert "kfr-old: its RayJob cannot be removed (" in done.stderr
+
+
+def test_gc_leaves_a_run_that_turns_out_to_be_at_work(
+    detached: Any, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cluster was silent when all were asked, and answers when the run is to be removed."""
+    a_run(storage, "kfr-old", age_s=9 * DAY_S, backend="kuberay", address="training@")
+
+    class Waking(type(detached.handle("kfr-other"))):  # type: ignore[misc]
+        def status(self) -> RunStatus:
+            self.problem = None if self.calls else ClusterUnreachableError("x")
+            now: RunStatus = super().status()
+            return now
+
+    run = Waking("kfr-old")
+    for module in ("clean", "reaching"):
+        monkeypatch.setattr(f"kfpytorch_ray.cli.{module}.open_run", lambda *_: run)
+    done = cli("gc", "--older-than", "1d")
+    assert done.exit_code == 0
+    assert "kept kfr-old: running" in done.stderr
+    assert run.calls == [("status",), ("status",)]
+    assert cli("list", "--json").exit_code == 0
+
+
+def test_an_address_of_ray_is_none_of_a_kubernetes_cluster(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A storage may hold runs of several backends: what is said of Ray's job servers concerns these only."""
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    a_run(storage, "kfr-old", "succeeded", age_s=8 * DAY_S, backend="kubeflow", address="training@")
+    done = cli("gc", "--address", HEAD, "--verify", "false")
+    assert "kept kfr-old: its PyTorchJob cannot be removed (no cluster is named" in done.stderr
+
+
+@dataclasses.dataclass
+class Counted:
+    """What a function returns that asdict cannot copy."""
+
+    counts: Any = dataclasses.field(default_factory=lambda: Uncopied(list))
+
+
+class Uncopied(defaultdict[str, Any]):
+    """As every defaultdict up to Python 3.11."""
+
+    def __init__(self, factory: Any) -> None:
+        if not callable(factory):
+            msg = "first argument must be callable or None"
+            raise TypeError(msg)
+        super().__init__(factory)
+
+
+def test_json_of_a_value_that_cannot_be_copied(ended: Any) -> None:
+    """The training is over, and its value is said as well as it can be."""
+    ended.answer = values(Counted())
+    assert "Counted(" in json.loads(cli("result", "kfr-a", "--json").stdout)["value_repr"]
+
+
+def test_json_is_all_that_a_script_reads(ended: Any) -> None:
+    """Modules that are imported with a value may print."""
+
+    def fetch(rank: int) -> ElasticWorkerResult:
+        print("loading the tokenizer")
+        return ElasticWorkerResult(rank, [])
+
+    ended.answer = ElasticResult((0,), fetch)
+    done = cli("result", "kfr-a", "--json")
+    assert json.loads(done.stdout)["value"] == 0
+    assert "loading the tokenizer" in done.stderr
+
+
+def test_a_folder_that_is_not_there_is_said_before_a_rank_is_watched(detached: Any, tmp_path: Path) -> None:
+    """Watching takes minutes."""
+    done = cli("flamegraph", "kfr-a", "--output", tmp_path / "none" / "x.svg", "--duration", "10m")
+    assert done.exit_code == ExitCode.MISUSE
+    assert "there is no folder" in done.stderr

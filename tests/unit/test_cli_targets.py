@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import rich_click as click
 from flytekit import Resources
+from flytekit.core.resources import ResourceSpec
 
 from kfpytorch_ray import ConfigError, Elastic, RayBackend
-from kfpytorch_ray.cli.job import Wanted, elastic_of
+from kfpytorch_ray.cli.job import Wanted, elastic_of, pod_resources
 from kfpytorch_ray.cli.options import Reach, amounts, runtime_environment
 from kfpytorch_ray.cli.targets import Target, find_target
 from kfpytorch_ray.cli.travel import working_dir_for
@@ -278,19 +279,29 @@ def test_pods_can_be_asked_for_on_the_command_line(flow: Any, function: str, bac
     """Of a plain function, too; resources are what Kubernetes calls them."""
     pods = {"image": "train:1", "namespace": "training", "context": "lab"}
     asked = {"resources_per_node": amounts("CPU=8,GPU=1,memory=64Gi"), "storage": "s3://bucket", **pods}
-    made: Any = elastic_of(flow(function), Wanted(backend=backend, options=asked)).backend
+    wanted = Wanted(backend=backend, options=asked)
+    made: Any = elastic_of(flow(function), wanted).backend
     assert (made.image, made.namespace, made.context, made.storage) == (*pods.values(), "s3://bucket")
-    assert made.requests == Resources(cpu="8", gpu="1", mem=str(64 * 2**30))
+    assert pod_resources(flow(function), wanted) == spec(cpu="8", gpu="1", mem=str(64 * 2**30))
     half = Wanted(backend="kuberay", options={"resources_per_node": {"CPU": 0.5}})
-    assert elastic_of(flow("plain"), half).backend.requests == Resources(cpu="500m")  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"a pod has no TPU(?s:.*)Fix: Name CPU, GPU, memory only"):
-        elastic_of(flow("plain"), Wanted(backend="kuberay", options={"resources_per_node": {"TPU": 1.0}}))
+    assert pod_resources(flow("plain"), half) == spec(cpu="500m")
+    assert pod_resources(flow("train"), Wanted(options=asked)) is None
+    for amount, said in (
+        ({"TPU": 1.0}, r"a pod has no TPU(?s:.*)Fix: Name CPU, GPU, memory only"),
+        ({"GPU": 0.5}, "whole"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            pod_resources(flow("plain"), Wanted(backend="kuberay", options={"resources_per_node": amount}))
+
+
+def spec(**requests: str) -> ResourceSpec:
+    return ResourceSpec(requests=Resources(**requests), limits=Resources())
 
 
 def test_amounts_and_runtime_environments_as_they_are_typed(tmp_path: Path) -> None:
     """Quantities as Kubernetes has them; YAML or JSON in a file, JSON on the command line."""
     assert amounts("CPU=8, GPU=0.5,memory=64Gi") == {"CPU": 8.0, "GPU": 0.5, "memory": 64.0 * 2**30}
-    for wrong in ("CPU", "CPU=", "CPU=many", "CPU=1,,"):
+    for wrong in ("CPU", "CPU=", "CPU=many", "CPU=1,,", "CPU=-1", "GPU=inf", "GPU=nan"):
         with pytest.raises(click.BadParameter):
             amounts(wrong)
     (tmp_path / "env.yaml").write_text("pip: [einops]\n")

@@ -127,7 +127,7 @@ class Outage(Storage):
 def test_a_storage_that_is_away_for_longer_than_the_lease(
     folder: Storage, monkeypatch: pytest.MonkeyPatch, sigterms: list[int], *, raises: bool
 ) -> None:
-    """Nobody can keep a lease meanwhile, so nobody is silent; from the first answer on a lease has to be kept again."""
+    """Nobody can keep a lease meanwhile, so nobody is silent; the silence before and after it counts."""
     storage = Outage(folder.uri, raises=raises)
     monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: storage.now))
     LeaseKeeper(folder, 60.0)._do()
@@ -144,6 +144,26 @@ def test_a_storage_that_is_away_for_longer_than_the_lease(
         storage.now += 15
     storage.now += 1
     watch._do()
+    assert "no sign of life" in watch.reason
+    wait_until(lambda: sigterms, "the signal")
+
+
+@pytest.mark.parametrize(("read_s", "fails_every"), [(40.0, 0), (0.0, 4)], ids=["slow", "failing now and then"])
+def test_a_poor_storage_does_not_hide_that_nobody_keeps_the_lease(
+    folder: Storage, monkeypatch: pytest.MonkeyPatch, sigterms: list[int], read_s: float, fails_every: int
+) -> None:
+    """Reads that take most of a lease, or fail often: between them time goes on."""
+    storage = Outage(folder.uri, raises=bool(fails_every))
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: storage.now))
+    LeaseKeeper(folder, 60.0)._do()
+    watch = LeaseWatch(storage, 60.0)
+    watch._do()
+    for look in range(1, 12):
+        storage.now += 15
+        away = look % fails_every == 0 if fails_every else True
+        storage.lasts_until = storage.now + (read_s or 1) if away else 0.0
+        with contextlib.suppress(StorageError):
+            watch._do()
     assert "no sign of life" in watch.reason
     wait_until(lambda: sigterms, "the signal")
 

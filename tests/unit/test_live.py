@@ -26,6 +26,7 @@ from kfpytorch_ray.live.plain import Plain
 from kfpytorch_ray.live.status import Phase, Status, Steps, clock, shown_steps
 from kfpytorch_ray.live.view import Live, Silent
 from kfpytorch_ray.metrics import MetricPoint
+from kfpytorch_ray.notices import write
 
 COLUMNS, LINES = 100, 30
 
@@ -74,6 +75,12 @@ class Screen:
             assert time.monotonic() < deadline, (texts, [line for line in self.lines() if line])
             self.read(0.1)
         return [line for line in self.lines() if line]
+
+    def hang_up(self) -> None:
+        """Close the terminal; what is asked of its file from now on is of nothing."""
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, self.controller)
+        os.close(nothing)
 
     def go_on(self) -> None:
         assert self.process.stdin is not None
@@ -290,6 +297,43 @@ class Tty(io.StringIO):
 def test_which_view(environment: Mapping[str, str], stream: io.StringIO, kind: type) -> None:
     """A bar only where it can be drawn and nobody else draws."""
     assert type(view_for(environment, stream)) is kind
+
+
+class Log:
+    """What programs put in the place of standard output to have it in a file, too."""
+
+    def write(self, _text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None: ...
+
+
+def test_streams_that_are_no_terminals_or_closed() -> None:
+    """Any object that can be written to may stand for one, and nobody may be left to read."""
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Log(), closed, None):
+        assert type(view_for({"TERM": "xterm"}, stream)) is Plain  # type: ignore[arg-type]
+        write(stream, "line\n")
+
+
+def test_a_terminal_that_is_closed_takes_no_result_with_it() -> None:
+    """A script in the background goes on when its shell has gone."""
+    read, written = os.pipe()
+    script = """
+with live("train", "launch-1a2b") as shown:
+    shown.nodes(2, 2)
+    wait()
+    shown.show("[rank 0 | node 0] line\\n", False)
+print("the result")
+"""
+    with terminal(script, output=written) as screen, os.fdopen(read) as output:
+        os.close(written)
+        screen.shows("2 nodes")
+        screen.hang_up()
+        screen.go_on()
+        assert output.read().endswith("the result\n")
+        assert screen.process.wait(60) == 0
 
 
 def test_ranks_of_an_agent_that_is_lost_do_not_run() -> None:

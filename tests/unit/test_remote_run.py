@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -337,3 +339,17 @@ def test_a_log_that_cannot_be_had_does_not_fail_the_run(
     folder.remove(OUTCOME)
     failing += [DRIVER_LOG] * 10_000
     assert follow(0.05) == []
+
+
+def test_a_pipe_whose_reader_has_gone_does_not_end_a_run_that_is_followed(
+    folder: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on, and its result comes home."""
+
+    class Pipe(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(RemoteRun, "logs", lambda *_, **__: iter(["one", "two"]))
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    assert opened(folder).follow()[0].return_value == 42
