@@ -108,7 +108,7 @@ class Recorder:
         self.sampled(sample for report in said for sample in report.samples)
         decks = [deck for report in said for deck in report.decks]
         self._decks = tuple(sorted(decks, key=lambda deck: deck.rank))
-        self._rounds.append(reported_round(record, agents))
+        self._rounds.append(reported_round(record, dict(enumerate(agents))))
         self.enter(Activity.WAITING)
 
     def decided(self, after: Spent, refused: str = "") -> None:
@@ -166,12 +166,12 @@ def failure_of(error: Exception) -> Failure:
     return Failure(type(error).__name__, str(error), bool(getattr(error, "retryable", False)))
 
 
-def reported_round(record: RoundRecord, agents: Sequence[int]) -> ReportedRound:
+def reported_round(record: RoundRecord, agents: Mapping[int, int]) -> ReportedRound:
     """A round as the report has it.
 
     Args:
         record: What became of it.
-        agents: Numbers of its agents, by node rank.
+        agents: Numbers of its agents by node rank, in this order; without those of which nothing is known.
     """
     cause = root_cause(record).rank if failures(record) else None
     return ReportedRound(
@@ -180,7 +180,7 @@ def reported_round(record: RoundRecord, agents: Sequence[int]) -> ReportedRound:
         ended_at=record.ended_at,
         ending=record.ending.value,
         succeeded=record.succeeded,
-        nodes=tuple(agents),
+        nodes=tuple(agents.values()),
         ranks=tuple(_reported_rank(rank, agents[rank.node_rank]) for rank in record.ranks),
         cause=cause,
         metrics=metrics_of(record.metrics),
@@ -211,7 +211,11 @@ def report_of_rounds(
         began,
         ended,
         nodes=tuple(ReportedNode(number, address, began, began) for number, address in enumerate(addresses)),
-        rounds=tuple(reported_round(record, [addresses.index(node) for node in record.nodes]) for record in rounds),
+        rounds=tuple(
+            # By the ranks' own word: a pod that has said nothing leaves a gap among the node ranks.
+            reported_round(record, {rank.node_rank: addresses.index(rank.node) for rank in record.ranks})
+            for record in rounds
+        ),
         failure=None if error is None else failure_of(error),
     )
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from kfpytorch_ray.cluster.kube.pod_reports import merged
 from kfpytorch_ray.cluster.limits import Budgets, Spent
 from kfpytorch_ray.cluster.protocol import NodeReport
 from kfpytorch_ray.cluster.recording import MOST_SAMPLES, Recorder, metrics_of, report_of_rounds
@@ -13,6 +14,7 @@ from kfpytorch_ray.errors import LaunchError, NodeLostError
 from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.report.breakdown import segments
 from kfpytorch_ray.report.data import Activity, Metric, NodeFacts, RankDeck, Sample
+from kfpytorch_ray.report.page import page
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 
 
@@ -177,3 +179,18 @@ def test_pods_without_a_driver_are_reported_by_their_rounds() -> None:
     assert [(told.started_at, told.ended_at)] == [(10.0, 13.0)]
     assert segments(told)
     assert report_of_rounds("train", "run", "kubeflow", (), None) is None
+
+
+@pytest.mark.parametrize("heard", [(0,), (1,), (0, 2), (1, 2)])
+def test_pods_that_said_nothing_leave_a_gap(heard: tuple[int, ...]) -> None:
+    """Ranks lie on their own pods, whichever pods have left a report."""
+    whole = round_of(Outcome.RAISED, Outcome.RAISED, Outcome.RAISED)
+    parts = [replace(whole, nodes=(whole.nodes[node],), ranks=(whole.ranks[node],)) for node in heard]
+    told = report_of_rounds("train", "run", "kubeflow", (merged(parts),), None)
+    assert told is not None
+    (one,) = told.rounds
+    assert [told.nodes[number].address for number in one.nodes] == [f"10.0.0.{node}" for node in heard]
+    assert [(rank.rank, told.nodes[rank.node].address) for rank in one.ranks] == [
+        (node, f"10.0.0.{node}") for node in heard
+    ]
+    page(told)
