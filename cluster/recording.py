@@ -11,6 +11,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
+from statistics import fmean
 
 from kfpytorch_ray.cluster.causes import failures, root_cause
 from kfpytorch_ray.cluster.limits import Budgets, Spent
@@ -35,7 +37,7 @@ from kfpytorch_ray.report.data import (
 from kfpytorch_ray.results import RankRecord, RoundRecord
 
 MOST_SAMPLES = 160
-"""Of one rank in all rounds; beyond that, two neighbours become one."""
+"""Of one rank in all rounds; at twice as many, two neighbours become one."""
 
 
 class Recorder:
@@ -56,7 +58,7 @@ class Recorder:
         self._nodes: dict[int, ReportedNode] = {}
         self._rounds: list[ReportedRound] = []
         self._decks: tuple[RankDeck, ...] = ()
-        self._samples: dict[int, list[Sample]] = defaultdict(list)
+        self._curves: dict[int, _Curve] = defaultdict(_Curve)
         self._sampling = threading.Lock()
         self.spent = Spent()
         """What the launch has spent so far."""
@@ -91,10 +93,7 @@ class Recorder:
         """What ranks used."""
         with self._sampling:
             for rank, sample in samples:
-                kept = self._samples[rank]
-                kept.append(sample)
-                if len(kept) > 2 * MOST_SAMPLES:
-                    kept[:] = _halved(kept)
+                self._curves[rank].add(sample)
 
     def round_ended(self, record: RoundRecord, agents: Sequence[int], reports: Iterable[NodeReport]) -> None:
         """A round is over.
@@ -140,10 +139,7 @@ class Recorder:
         """What has happened so far; ``error`` is why the launch failed."""
         self.enter(None)
         with self._sampling:
-            samples = tuple(
-                RankSamples(rank, tuple(sorted(kept, key=lambda sample: sample.at)))
-                for rank, kept in sorted(self._samples.items())
-            )
+            samples = tuple(RankSamples(rank, curve.points()) for rank, curve in sorted(self._curves.items()))
         return replace(
             self._plain,
             ended_at=time.time(),
@@ -239,26 +235,48 @@ def _reported_rank(rank: RankRecord, agent: int) -> ReportedRank:
     )
 
 
-def _halved(samples: Sequence[Sample]) -> list[Sample]:
-    """Every two samples of a round as one: their mean, but the larger memory."""
-    halved: list[Sample] = []
-    left: Sample | None = None
-    for sample in samples:
-        if left is None or left.round_index != sample.round_index:
-            if left is not None:
-                halved.append(left)
-            left = sample
-            continue
-        halved.append(
-            sample._replace(
-                cpu_percent=round((left.cpu_percent + sample.cpu_percent) / 2, 1),
-                memory_bytes=max(left.memory_bytes, sample.memory_bytes),
-                gpu_percent=_merged(left.gpu_percent, sample.gpu_percent),
-            )
-        )
-        left = None
-    return halved if left is None else [*halved, left]
+class _Curve:
+    """What a rank used: points of ``stride`` samples each, and of fewer where its round has ended."""
+
+    def __init__(self) -> None:
+        self._points: list[Sample] = []
+        self._stride = 1
+        self._folding: list[Sample] = []
+
+    def add(self, sample: Sample) -> None:
+        if self._folding and self._folding[0].round_index != sample.round_index:
+            self._fold()
+        self._folding.append(sample)
+        if len(self._folding) >= self._stride:
+            self._fold()
+
+    def points(self) -> tuple[Sample, ...]:
+        """In the order of time, the last samples among them."""
+        unfinished = [_folded(self._folding)] if self._folding else []
+        return tuple(sorted([*self._points, *unfinished], key=lambda point: point.at))
+
+    def _fold(self) -> None:
+        self._points.append(_folded(self._folding))
+        self._folding.clear()
+        if len(self._points) >= 2 * MOST_SAMPLES:
+            self._points = _halved(self._points)
+            # What comes from now on is folded as much as what is there, or the beginning would fade away.
+            self._stride *= 2
 
 
-def _merged(one: float | None, other: float | None) -> float | None:
-    return other if one is None else one if other is None else (one + other) / 2
+def _halved(points: Sequence[Sample]) -> list[Sample]:
+    """Every two neighbours of a round as one."""
+    rounds = (list(points) for _, points in groupby(points, key=lambda point: point.round_index))
+    return [_folded(one[first : first + 2]) for one in rounds for first in range(0, len(one), 2)]
+
+
+def _folded(samples: Sequence[Sample]) -> Sample:
+    """Samples of one round as one, at the time of the last: how busy on average, but the largest memory."""
+    busy = [sample.gpu_percent for sample in samples if sample.gpu_percent is not None]
+    used = [sample.gpu_memory_bytes for sample in samples if sample.gpu_memory_bytes is not None]
+    return samples[-1]._replace(
+        cpu_percent=round(fmean(sample.cpu_percent for sample in samples), 1),
+        memory_bytes=max(sample.memory_bytes for sample in samples),
+        gpu_percent=fmean(busy) if busy else None,
+        gpu_memory_bytes=max(used, default=None),
+    )

@@ -191,7 +191,10 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RankSamples:
-    """What a rank used over time, in all rounds; thinned out where there would be too many."""
+    """What a rank used over time, in all rounds.
+
+    Where there would be too many samples, each stands for equally many: how busy on average, and the largest memory.
+    """
 
     rank: int
     samples: tuple[Sample, ...]

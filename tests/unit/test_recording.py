@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
+from statistics import fmean
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from kfpytorch_ray.cluster.kube.pod_reports import merged
 from kfpytorch_ray.cluster.limits import Budgets, Spent
@@ -149,6 +153,39 @@ def test_samples_of_a_long_run_are_thinned_out() -> None:
     assert [taken.at for taken in told.samples] == sorted(taken.at for taken in told.samples)
     assert sum(taken.cpu_percent for taken in told.samples) / len(told.samples) == pytest.approx(50, abs=2)
     assert max(taken.memory_bytes for taken in told.samples) == 7777
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 8000), st.floats(0, 1), st.floats(0, 1))
+@example(7200, 0.75, 0.001)
+def test_a_long_run_is_kept_evenly(count: int, busy: float, spike: float) -> None:
+    """Its beginning as densely as its end; averages and the peaks of memory are those of all samples."""
+    one = recorder()
+    peak_at = int(spike * (count - 1))
+    for number in range(count):
+        percent = 100.0 if number < busy * count else 0.0
+        memory = 80 if number == peak_at else 10
+        one.sampled([(0, Sample(0, 2.0 * number, percent, memory, percent, memory))])
+    (told,) = one.report().samples
+    assert min(count, MOST_SAMPLES) <= len(told.samples) <= 2 * MOST_SAMPLES
+    # The last one may stand for fewer.
+    assert len({after.at - before.at for before, after in pairwise(told.samples[:-1])}) <= 1
+    assert told.samples[-1].at == 2.0 * (count - 1)
+    true = 100 * sum(number < busy * count for number in range(count)) / count
+    assert fmean(taken.cpu_percent for taken in told.samples) == pytest.approx(true, abs=1)
+    assert fmean(taken.gpu_percent or 0.0 for taken in told.samples) == pytest.approx(true, abs=1)
+    assert max(taken.memory_bytes for taken in told.samples) == 80
+    assert max(taken.gpu_memory_bytes or 0 for taken in told.samples) == 80
+
+
+def test_a_rank_without_a_gpu_has_none_when_samples_are_folded() -> None:
+    """Nor where it did not say; what it said counts."""
+    one = recorder()
+    for number in range(4 * MOST_SAMPLES):
+        one.sampled([(0, sample(0, number)), (1, Sample(0, number, 0.0, 1, *((None, None), (50.0, 7))[number % 2]))])
+    without, with_gpu = one.report().samples
+    assert {(taken.gpu_percent, taken.gpu_memory_bytes) for taken in without.samples} == {(None, None)}
+    assert {(taken.gpu_percent, taken.gpu_memory_bytes) for taken in with_gpu.samples} == {(50.0, 7)}
 
 
 def test_what_rank_0_told_becomes_curves() -> None:
