@@ -66,8 +66,9 @@ def progress(step: int, *, total: int | None = None, **metrics: float) -> None:
     Args:
         step: Of the training, as you count it: a step, an epoch. Shown where a rank is said to hang or to have failed.
         total: Steps in all. Without it there is no bar and no remaining time.
-        **metrics: Numbers by name, such as ``loss=0.3``: 16 names at most, of up to 48 bytes. A tensor on a GPU is
-            waited for: give ``loss.item()`` every few steps where that matters.
+        **metrics: Numbers by name, such as ``loss=0.3``: 16 names at most; longer ones than 48 bytes are cut, and
+            numbered where they would become equal. A tensor on a GPU is waited for: give ``loss.item()`` every few
+            steps where that matters.
 
     Raises:
         TypeError: ``step`` or ``total`` is not an integer, or a metric is not a number.

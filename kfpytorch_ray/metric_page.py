@@ -50,6 +50,7 @@ class MetricPage:
         self._header = memoryview(mapping)[: _HEADER.size].cast("q")
         self._names: dict[str, int] = {}
         self._full = False
+        self._cut = False
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
@@ -124,12 +125,27 @@ class MetricPage:
                 self._full = True
                 logger.warning("progress() shows %s metrics; %r and what else comes is left out.", MOST_METRICS, name)
             return None
-        data = name.encode(errors="replace")[:_NAME_BYTES]
+        shown = self._free_name(name)
+        if shown != name and not self._cut:
+            self._cut = True
+            message = "progress() shows %s bytes of a metric's name: %r is cut to %r, other long ones likewise."
+            logger.warning(message, _NAME_BYTES, name, shown)
         offset = _NAMES_AT + index * _NAME_BYTES
-        self._mapping[offset : offset + _NAME_BYTES] = data.ljust(_NAME_BYTES, b"\0")
+        self._mapping[offset : offset + _NAME_BYTES] = shown.encode().ljust(_NAME_BYTES, b"\0")
         self._header[_NAMES_FIELD] = index + 1
         self._names[name] = index
         return index
+
+    def _free_name(self, name: str) -> str:
+        """What of a name there is room for; numbered where another one is shown so already."""
+        taken = {self._name(index) for index in self._names.values()}
+        shown = _cut(name, _NAME_BYTES)
+        for number in range(2, MOST_METRICS + 1):
+            if shown not in taken:
+                break
+            ending = f"~{number}"
+            shown = _cut(name, _NAME_BYTES - len(ending)) + ending
+        return shown
 
     def read(self, round_index: int, after: int) -> list[MetricPoint]:
         """Points of a round from the one with number ``after`` on; those that are overwritten are left out."""
@@ -163,3 +179,8 @@ class MetricPage:
     def _name(self, index: int) -> str:
         offset = _NAMES_AT + index * _NAME_BYTES
         return self._mapping[offset : offset + _NAME_BYTES].rstrip(b"\0").decode(errors="ignore")
+
+
+def _cut(name: str, most_bytes: int) -> str:
+    """Whole characters only."""
+    return name.encode(errors="replace")[:most_bytes].decode(errors="ignore")

@@ -74,13 +74,41 @@ def test_what_is_no_number_is_refused(value: Any) -> None:
 
 
 def test_there_is_a_bound_on_names(page: MetricPage, caplog: pytest.LogCaptureFixture) -> None:
-    """What is too many is left out, and said once; a long name is cut."""
+    """What is too many is left out, and said once."""
     for step in range(2):
-        progress(step, **{f"{'x' * 60}": 1.0, **{f"metric_{number}": float(number) for number in range(20)}})
+        progress(step, **{f"metric_{number}": float(number) for number in range(20)})
     points = page.read(0, 0)
     assert [len(point.values) for point in points] == [MOST_METRICS] * 2
-    assert "x" * 48 in points[0].values
     assert len(caplog.messages) == 1
+
+
+def test_long_names_are_cut_and_stay_apart(page: MetricPage, caplog: pytest.LogCaptureFixture) -> None:
+    """Each metric has its own values, whole characters only; said once."""
+    begin = "validation/imagenet_v2_matched_frequency/top5/cl"
+    names = [f"{begin}ass/accuracy", f"{begin}ass/loss", begin, "é" + "ü" * 40, "ü" * 40]
+    for step in range(2):
+        progress(step, **{name: float(number) for number, name in enumerate(names)})
+    for point in page.read(0, 0):
+        assert dict(point.values) == {begin: 0.0, f"{begin[:46]}~2": 1.0, f"{begin[:46]}~3": 2.0} | {
+            "é" + "ü" * 23: 3.0,
+            "ü" * 24: 4.0,
+        }
+    (message,) = caplog.messages
+    assert f"{begin}ass/accuracy" in message
+
+
+def test_names_of_three_bytes_a_character_are_cut_between_them(page: MetricPage) -> None:
+    """Also where a number takes the place of a part of one."""
+    progress(0, **{"x" + "損" * 20: 1.0, "x" + "損" * 30: 2.0})
+    (point,) = page.read(0, 0)
+    assert dict(point.values) == {"x" + "損" * 15: 1.0, "x" + "損" * 15 + "~2": 2.0}
+
+
+def test_as_many_names_as_there_are_places_can_be_cut_to_the_same(page: MetricPage) -> None:
+    """None is shown with another one's values."""
+    progress(0, **{"x" * 50 + str(number): float(number) for number in range(MOST_METRICS)})
+    (point,) = page.read(0, 0)
+    assert [*point.values.values()] == [float(number) for number in range(MOST_METRICS)]
 
 
 def test_a_ring_keeps_the_newest(page: MetricPage) -> None:
