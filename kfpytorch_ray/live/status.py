@@ -32,7 +32,7 @@ class Steps:
 
     Attributes:
         latest: Rank 0's last call of ``progress()``.
-        window: When which step was told, lately.
+        window: When which step was told, lately, and since steps were last counted anew.
     """
 
     latest: MetricPoint | None = None
@@ -41,6 +41,9 @@ class Steps:
     def add(self, points: Iterable[MetricPoint]) -> None:
         """Take points in their order."""
         for point in points:
+            if self.latest is not None and (point.step < self.latest.step or point.at < self.latest.at):
+                # Steps are counted anew in each epoch, and a clock may be set back: no speed spans that.
+                self.window.clear()
             self.latest = point
             self.window.append((point.at, point.step))
             while len(self.window) > 2 and point.at - self.window[0][0] > _SPEED_WINDOW_S:

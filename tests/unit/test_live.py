@@ -354,6 +354,26 @@ def test_ranks_of_an_agent_that_is_lost_do_not_run() -> None:
     assert len(live.metrics.of_round(0)) == 1
 
 
+def test_steps_that_are_counted_anew_in_each_epoch_have_the_same_speed() -> None:
+    """Whatever lies between the epochs, nothing of an earlier one counts."""
+    steps = Steps()
+    for number in range(1000):
+        epoch, step = divmod(number, 200)
+        steps.add([MetricPoint(0, number, step, number / 10 + 5 * epoch, 200)])
+        if step > 10:
+            assert steps.per_second == pytest.approx(10)
+            assert steps.left_s == pytest.approx((200 - step) / 10)
+
+
+def test_a_clock_that_is_set_back_spoils_no_speed() -> None:
+    """And what is kept of the past stays bounded."""
+    steps = Steps()
+    for step in range(2000):
+        steps.add([MetricPoint(0, step, step, step / 10 - (3600 if step > 100 else 0))])
+    assert steps.per_second == pytest.approx(10)
+    assert len(steps.window) < 400
+
+
 def test_words() -> None:
     """What is not known is left out."""
     assert (clock(41), clock(3723)) == ("00:41", "1:02:03")
