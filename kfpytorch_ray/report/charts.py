@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from kfpytorch_ray.report.data import Metric, RankSamples, RunReport, Sample
 from kfpytorch_ray.report.scales import Tick, amount, memory, step_ticks, time_ticks, top_of, value_ticks
@@ -106,7 +107,7 @@ def metric_charts(report: RunReport) -> tuple[Chart, ...]:
         for metric in one.metrics:
             if metric.points:
                 by_name.setdefault(metric.name, []).append((one.index, metric))
-    return tuple(_metric_chart(name, told[:_MOST_LINES]) for name, told in [*by_name.items()][:_MOST_METRICS])
+    return tuple(_metric_chart(name, told) for name, told in [*by_name.items()][:_MOST_METRICS])
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
@@ -166,10 +167,10 @@ def _resource_line(
     return Line(colour, f"rank {rank}", title, tuple(_polyline(thinned(one, share)) for one in by_round.values()))
 
 
-def _metric_chart(name: str, told: Sequence[tuple[int, Metric]]) -> Chart:
-    finite = [
-        point for _, metric in told for point in metric.points if math.isfinite(point[0]) and math.isfinite(point[1])
-    ]
+def _metric_chart(name: str, every: Sequence[tuple[int, Metric]]) -> Chart:
+    # The last ones: how it ended is among them.
+    told = every[-_MOST_LINES:]
+    finite = [point for _, metric in told for point in metric.points if _is_finite(point)]
     steps = [step for step, _ in finite] or [0.0]
     values = [value for _, value in finite] or [0.0]
     first, last = min(steps), max(steps)
@@ -182,14 +183,25 @@ def _metric_chart(name: str, told: Sequence[tuple[int, Metric]]) -> Chart:
 
     lines = []
     for index, metric in told:
-        points = [point for point in metric.points if math.isfinite(point[0]) and math.isfinite(point[1])]
-        if not points:
-            continue
+        points = [point for point in metric.points if _is_finite(point)]
         label = f"round {index}" if one_rank else f"round {index}, rank {metric.rank}"
-        title = f"{label}: {amount(points[-1][1])} at step {amount(points[-1][0])}"
-        drawn = _polyline([place(point) for point in thinned(points, _MOST_POINTS)])
-        lines.append(Line(index % GROUP, label, title, (drawn,)))
-    return Chart(name, "by step", tuple(lines), step_ticks(first, last), value_ticks(bottom, top, amount))
+        broken = _broken_end(metric.points)
+        said = [f"{amount(points[-1][1])} at step {points[-1][0]:.12g}"] if points else []
+        title = f"{label}: {', then '.join([*said, *broken])}"
+        drawn = (_polyline([place(point) for point in thinned(points, _MOST_POINTS)]),) if points else ()
+        lines.append(Line(index % GROUP, ": ".join([label, *broken]), title, drawn))
+    unit = "by step" if len(told) == len(every) else f"by step, the last {len(told)} of {len(every)} curves"
+    return Chart(name, unit, tuple(lines), step_ticks(first, last), value_ticks(bottom, top, amount))
+
+
+def _is_finite(point: Point) -> bool:
+    return math.isfinite(point[0]) and math.isfinite(point[1])
+
+
+def _broken_end(points: Sequence[Point]) -> list[str]:
+    """Where a metric became what cannot be drawn, and stayed so, such as ``nan from step 7``; empty if not."""
+    broken = [*takewhile(lambda point: not _is_finite(point), reversed(points))]
+    return [f"{value} from step {step:.12g}" for step, value in broken[-1:]]
 
 
 def _bounds(lowest: float, highest: float) -> Point:

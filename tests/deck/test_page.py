@@ -12,7 +12,7 @@ import pytest
 import sample_reports
 
 from kfpytorch_ray.report.breakdown import segments, totals
-from kfpytorch_ray.report.charts import thinned
+from kfpytorch_ray.report.charts import metric_charts, thinned
 from kfpytorch_ray.report.data import Activity, Metric, NodeFacts, RunReport
 from kfpytorch_ray.report.page import fragment, page
 from kfpytorch_ray.report.scales import duration, memory, time_ticks, top_of
@@ -260,13 +260,47 @@ def test_many_points_keep_their_peaks() -> None:
 
 
 def test_metrics_that_are_no_numbers_are_left_out() -> None:
-    """A loss that became NaN does not spoil the page."""
+    """A loss that was NaN for a while does not spoil the page."""
     report = sample_reports.success()
     broken = Metric("loss", 0, ((0, 2.0), (1, float("nan")), (2, float("inf")), (3, 1.0)))
-    empty = Metric("gone", 0, ((0, float("nan")),))
-    html = page(replace(report, rounds=(replace(report.rounds[0], metrics=(broken, empty)),)))
+    html = page(replace(report, rounds=(replace(report.rounds[0], metrics=(broken,)),)))
     assert "1 at step 3" in html
     assert "nan" not in html.lower().replace("nanny", "")
+
+
+def test_metrics_that_end_as_no_numbers_say_so() -> None:
+    """The last number that is drawn does not stand for what came after it; also where none is drawn."""
+    nan, inf = float("nan"), float("inf")
+    report = sample_reports.success()
+    metrics = (
+        Metric("loss", 0, ((0, 2.0), (1, inf), (2, 0.25), (3, nan), (4, inf), (5, nan))),
+        Metric("norm", 0, ((12344, 3.0), (12345, inf))),
+        Metric("gone", 0, ((0, nan), (1, nan))),
+    )
+    report = replace(report, rounds=(replace(report.rounds[0], metrics=metrics),))
+    lines = [line for chart in metric_charts(report) for line in chart.lines]
+    assert [line.title for line in lines] == [
+        "round 0: 0.25 at step 2, then nan from step 3",
+        "round 0: 3 at step 12344, then inf from step 12345",
+        "round 0: nan from step 0",
+    ]
+    text = Elements(page(report)).text
+    for words in ("round 0: nan from step 3", "round 0: inf from step 12345", "round 0: nan from step 0"):
+        assert words in text
+
+
+def test_of_many_rounds_the_last_are_drawn() -> None:
+    """How it ended is among them, and that there were more is said."""
+    (first,) = sample_reports.success().rounds
+    rounds = tuple(
+        replace(first, index=index, metrics=(Metric("loss", 0, ((0, 2.0), (1, float(index)))),)) for index in range(20)
+    )
+    report = replace(sample_reports.success(), rounds=rounds)
+    (chart,) = metric_charts(report)
+    assert [line.label for line in chart.lines] == [f"round {index}" for index in range(4, 20)]
+    assert "by step, the last 16 of 20 curves" in Elements(page(report)).text
+    (chart,) = metric_charts(replace(report, rounds=rounds[:16]))
+    assert (chart.unit, len(chart.lines)) == ("by step", 16)
 
 
 @pytest.mark.parametrize(
