@@ -32,6 +32,8 @@ _MOST_LINE = 160
 _SHORTEST_S = 0.005
 _MOST_CELLS = 128
 _PARTS = re.compile(r"\A(?P<what>.*?)\nWhy: (?P<why>.*?)\nFix: (?P<fix>.*?)(?:\n\n(?P<more>.*))?\Z", re.DOTALL)
+_CONTROLS = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""Colours and what else a terminal would obey; a tab and ends of lines stay."""
 _SYMBOLS = {
     "succeeded": "✓",
     "raised": "✕",
@@ -61,11 +63,20 @@ def _environment() -> Environment:
         loader=PackageLoader("kfpytorch_ray.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(duration=duration, memory=memory, amount=amount, moment=moment, devices=_devices)
     return environment
+
+
+def _printable(value: object) -> object:
+    """A value as a page can have it: a file's name that is not UTF-8 could not be written anywhere."""
+    # What has this is a part of the page already.
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return _CONTROLS.sub("", value).encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,25 @@ def test_a_failure_comes_first_with_its_cause_and_what_to_do() -> None:
     assert places == sorted(places)
 
 
+def test_what_a_page_cannot_have_is_not_on_it() -> None:
+    """Names of files that are not UTF-8 are escaped, colours and control characters of a terminal left out."""
+    odd = "caf\udce9.jpg \x1b[1;32mINFO\x1b[0m\x00\x07 ok\tx"
+    report = sample_reports.failure(message=odd)
+    rank = replace(report.rounds[1].ranks[3], message=odd, traceback=odd, log_tail=(odd, odd))
+    last = replace(
+        report.rounds[1],
+        ranks=(*report.rounds[1].ranks[:3], rank),
+        paid=odd,
+        metrics=(Metric(odd, 0, ((0, 1.0), (1, 2.0))),),
+    )
+    report = replace(report, name=odd, rounds=(report.rounds[0], last))
+    for html in (page(report), fragment(report)):
+        html.encode()
+        assert html.count("caf\\udce9.jpg INFO ok\tx") > 6
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", html)
+        assert Elements(html).open == []
+
+
 def test_a_success_says_so() -> None:
     """Status, size, time, rounds and budgets are in the first lines; what needs a failure is not there."""
     found = Elements(page(sample_reports.success()))

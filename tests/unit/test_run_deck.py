@@ -115,6 +115,19 @@ def test_a_failure_is_published_before_it_is_raised(
     assert list(decks()) == ["rank 1: curve", "Elastic run"]
 
 
+def test_a_name_that_is_not_utf_8_loses_no_deck(
+    double: Any, trained: Any, output_prefix: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The task's decks are published, and a file is written."""
+    report = sample_reports.failure(message="FileNotFoundError: caf\udce9.jpg")
+    error = reported(WorkerFailedError("oh", 12.5), report)
+    monkeypatch.setattr(double, "answer", raising(error))
+    with pytest.raises(FlyteUserRuntimeException):
+        trained.execute()
+    assert "caf\\udce9.jpg" in (output_prefix / "deck.html").read_text()
+    assert "caf\\udce9.jpg" in error.save_html(tmp_path / "failed.html").read_text(encoding="utf-8")
+
+
 def test_without_decks_nothing_is_drawn(
     double: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
