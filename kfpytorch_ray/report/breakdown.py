@@ -70,9 +70,8 @@ def _of_round(one: ReportedRound) -> Iterator[Segment]:
     if one.succeeded:
         over_at = max(ends, default=one.ended_at)
     else:
-        over_at = min(
-            (within(one, rank.ended_at) for rank in ranks if rank.outcome not in NO_FAILURE), default=min(ends)
-        )
+        failed = [within(one, rank.ended_at) for rank in ranks if rank.outcome not in NO_FAILURE]
+        over_at = min(failed or ends, default=one.ended_at)
     # A rank may fail before the last one is called.
     running_at = min(running_at, over_at)
     running = Activity.RUNNING if one.succeeded else Activity.REPEATED

@@ -208,6 +208,16 @@ def test_a_launch_without_nodes_is_drawn_as_far_as_it_came() -> None:
     assert "ranks" not in found.ids
 
 
+@pytest.mark.parametrize("succeeded", [False, True])
+def test_a_round_without_ranks_is_drawn(succeeded: bool) -> None:
+    """As one of which nothing is known: it has its time and its end."""
+    report = sample_reports.failure()
+    empty = replace(report.rounds[1], ranks=(), nodes=(), cause=None, succeeded=succeeded)
+    report = replace(report, rounds=(report.rounds[0], empty))
+    assert Elements(page(report)).open == []
+    assert segments(report)[-1].ended_at == report.ended_at
+
+
 def test_odd_versions_on_a_node_are_pointed_out() -> None:
     """A node that has another torch than the driver is named with it."""
     text = Elements(page(sample_reports.failure())).text
