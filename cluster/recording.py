@@ -180,6 +180,7 @@ def reported_round(record: RoundRecord, agents: Mapping[int, int]) -> ReportedRo
         ranks=tuple(_reported_rank(rank, agents[rank.node_rank]) for rank in record.ranks),
         cause=cause,
         metrics=metrics_of(record.metrics),
+        node_ranks=tuple(agents),
     )
 
 

@@ -167,7 +167,7 @@ def better_may_come(run: Storage) -> bool:
 
 
 def merged(rounds: Sequence[RoundRecord]) -> RoundRecord:
-    """What several nodes say of one round, as one record."""
+    """What several nodes say of one round, as one record; ``nodes`` has only those that say something."""
     ranks = {rank.rank: rank for part in rounds for rank in part.ranks}
     nodes = {rank.node_rank: rank.node for rank in ranks.values()}
     return replace(

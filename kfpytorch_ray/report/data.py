@@ -150,11 +150,12 @@ class ReportedRound:
         ended_at: Seconds since the epoch.
         ending: Why it ended.
         succeeded: Whether every rank returned.
-        nodes: Numbers of its agents, by node rank.
+        nodes: Numbers of its agents, in the order of node ranks.
         ranks: By rank.
         cause: The rank whose end explains the others'; None without one.
         paid: What the round cost, and from which budget.
         metrics: What its ranks told by ``progress()``.
+        node_ranks: Of ``nodes``, with gaps where nothing is known of a node; empty for 0, 1, 2 and so on.
     """
 
     index: int
@@ -167,6 +168,12 @@ class ReportedRound:
     cause: int | None = None
     paid: str = ""
     metrics: tuple[Metric, ...] = ()
+    node_ranks: tuple[int, ...] = ()
+
+    def node_rank(self, number: int) -> int:
+        """The node rank of the agent with this number."""
+        index = self.nodes.index(number)
+        return self.node_ranks[index] if self.node_ranks else index
 
 
 class Sample(NamedTuple):

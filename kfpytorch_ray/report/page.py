@@ -206,7 +206,7 @@ def _cause(report: RunReport) -> _Cause | None:
     where = ""
     if rank is not None and last is not None:
         address = next((node.address for node in report.nodes if node.number == rank.node), "")
-        where = f"node {last.nodes.index(rank.node)} ({address}), local rank {rank.local_rank}"
+        where = f"node {last.node_rank(rank.node)} ({address}), local rank {rank.local_rank}"
     return _Cause(
         what=_cut(said["what"] or ""),
         why=_cut(said["why"] or ""),
@@ -241,13 +241,13 @@ def _grid(report: RunReport, one: ReportedRound) -> _Grid:
         for samples in report.samples
     }
     rows = []
-    for node_rank, number in enumerate(one.nodes):
+    for number in one.nodes:
         cells = tuple(
             _Cell(rank, _SYMBOLS.get(rank.outcome, "·"), rank.rank == one.cause, peaks.get(rank.rank))
             for rank in one.ranks
             if rank.node == number
         )
-        rows.append(_GridRow(f"node {node_rank}", addresses.get(number, ""), cells))
+        rows.append(_GridRow(f"node {one.node_rank(number)}", addresses.get(number, ""), cells))
     return _Grid(one, tuple(rows))
 
 

@@ -201,7 +201,7 @@ def _node(axis: Axis, report: RunReport, node: ReportedNode, parts: list[_Part])
     by_rank: dict[int, list[_Part]] = {}
     for part in parts:
         by_rank.setdefault(part.rank.local_rank, []).append(part)
-    node_rank = f"node {played[-1].nodes.index(node.number)}" if played else "node"
+    node_rank = f"node {played[-1].node_rank(node.number)}" if played else "node"
     end = report.ended_at if node.ended_at is None else node.ended_at
     ready_at = end if node.ready_at is None else node.ready_at
     lost = (BadEnd(axis.at(end), "failed", f"lost: {node.lost_because}"),) if node.lost_because else ()

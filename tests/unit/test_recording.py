@@ -17,8 +17,9 @@ from kfpytorch_ray.cluster.recording import MOST_SAMPLES, Recorder, metrics_of, 
 from kfpytorch_ray.errors import LaunchError, NodeLostError
 from kfpytorch_ray.metrics import MetricPoint
 from kfpytorch_ray.report.breakdown import segments
-from kfpytorch_ray.report.data import Activity, Metric, NodeFacts, RankDeck, Sample
+from kfpytorch_ray.report.data import Activity, Failure, Metric, NodeFacts, RankDeck, Sample
 from kfpytorch_ray.report.page import page
+from kfpytorch_ray.report.timeline import timeline_of
 from kfpytorch_ray.results import Ending, Outcome, RankRecord, RoundRecord
 
 
@@ -230,4 +231,6 @@ def test_pods_that_said_nothing_leave_a_gap(heard: tuple[int, ...]) -> None:
     assert [(rank.rank, told.nodes[rank.node].address) for rank in one.ranks] == [
         (node, f"10.0.0.{node}") for node in heard
     ]
-    page(told)
+    where = f"node {heard[0]} (10.0.0.{heard[0]}), local rank 0"
+    assert where in page(replace(told, failure=Failure("WorkerFailedError", "oh", retryable=False)))
+    assert [lane.node.label for lane in timeline_of(told).nodes] == [f"node {node}" for node in heard]
