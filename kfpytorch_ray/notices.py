@@ -18,7 +18,7 @@ def write(stream: Any, text: str) -> None:
     """Write what is no reason to end a training if it cannot be written.
 
     Args:
-        stream: Standard output or error: a pipe whose reader may have gone, a terminal that may have been closed, nothing.
+        stream: Standard output or error: a pipe whose reader may have gone, a terminal that was closed, or nothing.
         text: Whole lines.
     """
     try:
