@@ -1,6 +1,7 @@
 """What a command says, and where: results on standard output, everything else on standard error.
 
-With ``--json`` standard output is one JSON document whatever happens, for a script; an error is such a document, too.
+With ``--json`` standard output is one JSON document, for a script; an error of ours is such a document, too. Wrong use
+and Ctrl-C have only their exit codes.
 """
 
 from __future__ import annotations
