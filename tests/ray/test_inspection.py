@@ -46,6 +46,7 @@ class Running:
 
     address: str
     run: str
+    driver: int
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             wait_until(lambda: len([*folder.glob("begun-*")]) == 2 or driver.poll() is not None, "both ranks", 120)
             said = (folder / "errors").read_text()
             assert "other_name (launch-" in said, said
-            yield Running(address, said.partition("other_name (")[2].partition(")")[0])
+            yield Running(address, said.partition("other_name (")[2].partition(")")[0], driver.pid)
             (folder / "over").touch()
             assert driver.wait(60) == 0, (folder / "errors").read_text()
         finally:
@@ -114,7 +115,8 @@ def test_a_node_that_does_not_answer_does_not_hide_the_others(
     """It may be what everybody waits for; its own rank is not to be had."""
     monkeypatch.setattr(inspection, "_WAIT_S", 3.0)
     backend = RayBackend(address=running.address)
-    agents = [process for process in psutil.process_iter() if "ElasticAgent" in _title(process)]
+    started = psutil.Process(running.driver).children(recursive=True)
+    agents = [process for process in started if "ElasticAgent" in _title(process)]
     assert len(agents) == 2
     agents[0].suspend()
     try:
