@@ -304,8 +304,7 @@ class Membership:
         if not self._begun:
             return
         members = [*self._members.values()]
-        self._members = {}
-        self._loading = {}
+        self.forget()
         try:
             self._pulse.close()
             ended = self._shut_down(members, self._shutdown_timeout_s)
@@ -316,7 +315,7 @@ class Membership:
                 _kill(member.handle)
 
     def forget(self) -> None:
-        """Before ``end``, where the agents have ended with their job: nothing may be asked of them."""
+        """Have no agents. Before ``end``, where they have ended with their job: nothing may be asked of them."""
         self._members = {}
         self._loading = {}
 

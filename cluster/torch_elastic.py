@@ -28,6 +28,7 @@ from kfpytorch_ray.errors import (
     ResultError,
     WorkerFailedError,
     explain,
+    text_of,
 )
 from kfpytorch_ray.flyte_worker import RECOVERABLE_MARKER, UNPICKLABLE_MARKER, has_marker
 from kfpytorch_ray.plan import LaunchPlan
@@ -211,6 +212,6 @@ def _too_few_nodes(plan: LaunchPlan, error: Exception) -> str:
 def _no_rendezvous(plan: LaunchPlan, config: LaunchConfig, error: Exception) -> str:
     return explain(
         f"{plan.name} could not meet its other nodes at {config.rdzv_endpoint}.",
-        f"{type(error).__name__}: {error}",
+        text_of(error),
         "Check that the pods of the PyTorchJob can reach each other and that the master is running.",
     )

@@ -13,7 +13,7 @@ from dataclasses import replace
 from flytekit.core.context_manager import FlyteContextManager
 from flytekit.core.data_persistence import FileAccessProvider
 
-from kfpytorch_ray.errors import StorageError, explain
+from kfpytorch_ray.errors import StorageError, explain, text_of
 from kfpytorch_ray.flyte_files import upload_files
 from kfpytorch_ray.plan import LaunchPlan
 from kfpytorch_ray.runs import INPUTS, run_folder
@@ -83,7 +83,7 @@ def _told(where: str) -> Iterator[None]:
         raise StorageError(
             explain(
                 f"A file or folder among the inputs cannot be uploaded to {where}.",
-                f"{type(error).__name__}: {error}",
+                text_of(error),
                 "Check that the file is there, that the storage has room, and that this machine has the rights for it; "
                 "or pass the URI of a file that the cluster reaches.",
             )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from kfpytorch_ray.errors import IntegrityError, KfpytorchRayError, StorageError, explain
+from kfpytorch_ray.errors import IntegrityError, KfpytorchRayError, StorageError, explain, text_of
 
 CHUNK_BYTES = 8 * 2**20
 """Read and written at a time: large enough for an object store's requests, small beside any result."""
@@ -244,7 +244,7 @@ class Storage:
             raise StorageError(
                 explain(
                     f"{where} cannot be {verb}.",
-                    f"{type(error).__name__}: {error}",
+                    text_of(error),
                     "Check that the folder exists or may be made, that there is room, and that this machine has the "
                     "rights and the package for it (s3fs for s3://, gcsfs for gs://, adlfs for abfs://).",
                 )

@@ -180,7 +180,7 @@ def _folder_for_results() -> tempfile.TemporaryDirectory[str]:
         raise StorageError(
             explain(
                 "There is no folder here for the results to arrive in.",
-                f"{type(error).__name__}: {error}",
+                text_of(error),
                 "Set TMPDIR to a folder with room for the largest result. The results are still in the storage.",
             )
         ) from error

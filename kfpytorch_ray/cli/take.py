@@ -14,7 +14,7 @@ import rich_click as click
 from kfpytorch_ray.cli.options import Reach, json_option, reach_options, seconds
 from kfpytorch_ray.cli.reaching import opened
 from kfpytorch_ray.cli.reporting import output_on_stderr, print_json, result_as_json
-from kfpytorch_ray.errors import ConfigError, KfpytorchRayError, StorageError, explain
+from kfpytorch_ray.errors import ConfigError, KfpytorchRayError, StorageError, explain, text_of
 from kfpytorch_ray.notices import tell
 from kfpytorch_ray.payload import PICKLE_PROTOCOL
 from kfpytorch_ray.run import Run, RunStatus
@@ -112,7 +112,7 @@ def _write(path: Path, value: Any) -> None:
             cloudpickle.dump(value, file, protocol=PICKLE_PROTOCOL)
         unfinished.replace(path)
     except OSError as error:
-        why = f"{type(error).__name__}: {error}"
+        why = text_of(error)
         fix = "Name another file with --output; the result is still in the storage."
         raise StorageError(explain(f"{path} cannot be written.", why, fix)) from error
     except (pickle.PicklingError, TypeError, AttributeError) as error:

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 from kfpytorch_ray.doctor import torch_report
 from kfpytorch_ray.doctor.torch_report import TorchReport
-from kfpytorch_ray.errors import StorageError
+from kfpytorch_ray.errors import StorageError, text_of
 from kfpytorch_ray.storage import Storage
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - it is looked at, nothing is written there
@@ -279,7 +279,7 @@ def _flytekit_config() -> tuple[str | None, str]:
     try:
         found = get_config_file(None)
     except Exception as error:  # noqa: BLE001 - parsers of two formats, each with errors of its own
-        return "flytekit's config file", f"{type(error).__name__}: {error}"
+        return "flytekit's config file", text_of(error)
     if found is None:
         return None, ""
     path = Path(found._location)
